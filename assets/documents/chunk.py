@@ -1,0 +1,164 @@
+"""Text is cut into chunks: pieces that an embedding model reads whole, with offsets back into the document.
+
+Belongs here: where to cut, which headings stand above a chunk, and how chunks are named. Does not belong
+here: what a model makes of a chunk (embedder), the database (corpus).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from semantic_text_splitter import MarkdownSplitter
+
+# A chunk is full somewhere between 400 and 1,000 characters. Where those characters are likely to be more
+# than 256 tokens (tables, code, links, scripts without spaces), which MiniLM would cut off, the chunk is cut
+# again, smaller.
+_CAPACITIES = ((400, 1000), (250, 500), (100, 250))
+_MAX_PIECES = 240
+# Calibrated against a WordPiece vocabulary of 30,522 entries: words cost a token per six letters or fewer,
+# numbers one per two digits, anything else one per character.
+_PIECE = re.compile(r"[A-Za-z]{1,6}|[0-9]{1,2}|[^\sA-Za-z0-9]")
+
+CHUNKER = "markdown-400-1000-240-1+semantic-text-splitter/0.33.1"
+"""Names how text is cut; a change of it means that every document is cut anew."""
+
+# The splitter's time grows with the square of a line's length where the line has no sentences.
+_MAX_LINE = 50_000
+_LONG_LINE = re.compile(rf"[^\n]{{{_MAX_LINE}}}")
+
+_FENCE = re.compile(r"[ ]{0,3}(`{3,}|~{3,})")
+_ATX = re.compile(r"[ ]{0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
+_SETEXT = re.compile(r"[ ]{0,3}(=+|-+)[ \t]*$")
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A piece of a document.
+
+    Attributes:
+        ordinal: 0 for the first chunk of the document.
+        start_char: Offset of its first character in the document's text, in code points.
+        end_char: Offset after its last one: ``text == document_text[start_char:end_char]``.
+        text: The piece itself, with no blanks around it.
+        heading: Titles of the sections it begins in, outermost first, " > " between; "" outside of any.
+    """
+
+    ordinal: int
+    start_char: int
+    end_char: int
+    text: str
+    heading: str
+
+    @property
+    def content_hash(self) -> str:
+        """sha256 of the UTF-8 text, lowercase hex: equal pieces share a vector."""
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def chunk_id(self, document_id: str) -> str:
+        """32 hex digits that name this piece at this place of this document."""
+        name = f"{document_id}\0{self.start_char}\0{self.content_hash}"
+        return hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
+def chunk(text: str) -> list[Chunk]:
+    """The chunks of a Markdown or plain text, in order; together they hold every character but blanks."""
+    sections = headings(text)
+    path: list[tuple[int, str]] = []
+    passed = 0
+    chunks: list[Chunk] = []
+    for start, end in _joined(text):
+        piece = text[start:end]
+        while passed < len(sections) and sections[passed][0] <= start:
+            _, level, title = sections[passed]
+            path = [(above, name) for above, name in path if above < level]
+            path.append((level, title))
+            passed += 1
+        heading = " > ".join(name for _, name in path if name)
+        chunks.append(Chunk(len(chunks), start, end, piece, heading))
+    return chunks
+
+
+def _joined(text: str) -> Iterator[tuple[int, int]]:
+    """Begin and end of each chunk. A heading cut off from what follows it says little: the two stay together."""
+    held: tuple[int, int] | None = None
+    for start, piece in _pieces(text):
+        end = start + len(piece)
+        if held is not None:
+            if len(_PIECE.findall(text[held[0] : end])) <= _MAX_PIECES:
+                start = held[0]
+            else:
+                yield held
+        held = (start, end)
+        if not _ATX.fullmatch(text[start:end]):
+            yield held
+            held = None
+    if held is not None:
+        yield held
+
+
+def _pieces(text: str) -> Iterator[tuple[int, str]]:
+    begin = 0
+    while begin < len(text):
+        end = len(text)
+        if long := _LONG_LINE.search(text, begin):
+            space = text.rfind(" ", long.start() + _MAX_LINE // 2, long.end())
+            end = space if space > 0 else long.end()
+        for offset, piece in _split(text[begin:end], 0):
+            yield begin + offset, piece
+        begin = end
+
+
+def _split(text: str, depth: int) -> Iterator[tuple[int, str]]:
+    for offset, piece in _splitter(depth).chunk_indices(text):
+        if depth + 1 < len(_CAPACITIES) and len(_PIECE.findall(piece)) > _MAX_PIECES:
+            for inner, part in _split(piece, depth + 1):
+                yield offset + inner, part
+        elif piece.strip():
+            yield offset, piece
+
+
+@cache
+def _splitter(depth: int) -> MarkdownSplitter:
+    from semantic_text_splitter import MarkdownSplitter
+
+    return MarkdownSplitter(_CAPACITIES[depth])
+
+
+def headings(text: str) -> list[tuple[int, int, str]]:
+    """(offset, level 1 to 6, title) of each Markdown heading outside of code blocks, in order."""
+    found = []
+    fence = ""
+    above_start, above = 0, ""
+    position = 0
+    for line in text.split("\n"):
+        start, position = position, position + len(line) + 1
+        content = line.rstrip()
+        if mark := _FENCE.match(content):
+            if not fence:
+                fence = mark.group(1)
+            elif mark.group(1).startswith(fence) and content.strip() == mark.group(1):
+                fence = ""
+            above = ""
+            continue
+        if fence:
+            continue
+        if atx := _ATX.match(content):
+            found.append((start, len(atx.group(1)), _plain(atx.group(2) or "")))
+            above = ""
+        elif above and (line_below := _SETEXT.match(content)) and len(line_below.group(1)) > 2:
+            found.append((above_start, 1 if "=" in content else 2, _plain(above)))
+            above = ""
+        else:
+            # A line of dashes alone is a rule, not a title.
+            above_start, above = start, content.strip() if re.search(r"\w", content) else ""
+    return found
+
+
+def _plain(title: str) -> str:
+    return " ".join(re.sub(r"[*`]|!?\[([^\]]*)\]\([^)]*\)", r"\1", title).split())

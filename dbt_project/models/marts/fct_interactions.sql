@@ -1,0 +1,18 @@
+{{
+    config(
+        materialized='incremental',
+        incremental_strategy='microbatch',
+        event_time='effective_at',
+        batch_size='day',
+        begin=var('start_date'),
+        unique_key='interaction_id',
+        on_schema_change='append_new_columns',
+        indexes=[
+            {'columns': ['interaction_id'], 'unique': true},
+            {'columns': ['effective_at']}
+        ],
+        tags=['daily']
+    )
+}}
+
+select * from {{ ref('int_interactions_redacted') }}

@@ -1,0 +1,187 @@
+"""Writing the log: one statement per batch, acknowledged only when it is committed.
+
+Belongs here: the asyncpg pool and the idempotent, append-only writes.
+Does not belong here: validation (``feedback.payloads``), HTTP, or reading the log (that is the pipeline's).
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import asyncpg  # type: ignore[import-untyped]
+import msgspec
+import sqlalchemy as sa
+from sqlalchemy.dialects import postgresql
+
+from feedback import schema
+
+Pool: TypeAlias = asyncpg.Pool
+Record: TypeAlias = asyncpg.Record
+
+logger = logging.getLogger("feedback")
+
+Row = Mapping[str, Any]
+Status = Literal["created", "duplicate", "conflict", "invalid"]
+
+ACQUIRE_SECONDS = 5.0
+COMMAND_SECONDS = 30.0
+POOL_SIZE = 8
+
+# What is the row's own fault: a value the column cannot hold, a violated check, a limit of Postgres.
+_ROW_FAULTS = (
+    asyncpg.exceptions.DataError,
+    asyncpg.exceptions.IntegrityConstraintViolationError,
+    asyncpg.exceptions.ProgramLimitExceededError,
+)
+_UNREACHABLE = (
+    OSError,
+    TimeoutError,
+    asyncpg.PostgresError,
+    asyncpg.InterfaceError,
+    asyncpg.InternalClientError,
+)
+
+
+class Unavailable(Exception):
+    """The log cannot take or confirm a write now; sending the same items again later is safe."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one row; ``reason`` is set for ``invalid`` only."""
+
+    status: Status
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Log:
+    """One append-only table: its key and the two statements that write it."""
+
+    key: str
+    insert: str
+    hashes: str
+
+
+def _log(table: sa.Table) -> Log:
+    (key,) = table.primary_key.columns
+    # The database stamps these: received_at and xact_id must be those of the inserting transaction.
+    columns = [column for column in table.columns if column.name not in ("received_at", "xact_id")]
+    names = ", ".join(f'"{column.name}"' for column in columns)
+    dialect: sa.Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    types = ", ".join(f'"{column.name}" {column.type.compile(dialect)}' for column in columns)
+    return Log(
+        key=key.name,
+        insert=(
+            f"INSERT INTO {table.fullname} ({names}) SELECT {names} FROM json_to_recordset($1::json) AS r({types}) "
+            f"ON CONFLICT ({key.name}) DO NOTHING RETURNING {key.name}::text"
+        ),
+        hashes=(
+            f"SELECT {key.name}::text, body_sha256 FROM {table.fullname} "
+            f"WHERE {key.name} = ANY($1::{key.type.compile(dialect)}[])"
+        ),
+    )
+
+
+INTERACTIONS = _log(schema.interaction)
+EVENTS = _log(schema.feedback_event)
+
+
+async def connect(database_url: str, role: str) -> Pool:
+    """A pool whose sessions act as ``role`` and wait for every commit to reach the disk.
+
+    No connection is made yet, so a service may start before its database does.
+    """
+
+    async def keep_session(_: asyncpg.Connection) -> None:
+        """Nothing to reset: no statement here changes the session, and resetting costs a round trip."""
+
+    return await asyncpg.create_pool(
+        database_url,
+        min_size=0,
+        max_size=POOL_SIZE,
+        timeout=ACQUIRE_SECONDS,
+        command_timeout=COMMAND_SECONDS,
+        reset=keep_session,
+        server_settings={
+            "role": role,
+            "synchronous_commit": "on",
+            "application_name": "datamoat-feedback",
+            "timezone": "UTC",
+        },
+    )
+
+
+async def fetch(pool: Pool, query: str, *args: Any) -> list[Record]:
+    """Run one statement, committed when this returns. Raises Unavailable unless the fault lies in the rows."""
+    try:
+        async with pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
+            try:
+                return list(await connection.fetch(query, *args))
+            except _UNREACHABLE as error:
+                if not isinstance(error, _ROW_FAULTS):
+                    # A connection that broke in the middle of a statement may not know yet that it is closed.
+                    connection.terminate()
+                raise
+    except _ROW_FAULTS:
+        raise
+    except _UNREACHABLE as error:
+        logger.warning("the database did not answer: %s: %s", type(error).__name__, error)
+        raise Unavailable(f"{type(error).__name__}: {error}") from error
+
+
+async def append(pool: Pool, log: Log, rows: Sequence[Row]) -> list[Outcome]:
+    """Add rows to the log; one outcome per row, in order. All of it is committed when this returns.
+
+    A row whose key is there already, or came earlier in ``rows``, is a ``duplicate`` if the body hash is the same
+    and a ``conflict`` if not. A row that Postgres refuses is ``invalid`` alone; the others are kept.
+    Raises Unavailable when nothing can be said about some row; everything may then be sent again.
+    """
+    first: dict[str, Row] = {}
+    for row in rows:
+        first.setdefault(row[log.key], row)
+    # One order for everybody: two batches that share keys then wait for each other instead of deadlocking.
+    created, refused = await _insert(pool, log, [first[key] for key in sorted(first)])
+    stored = {key: first[key]["body_sha256"] for key in created}
+    unknown = [key for key in first if key not in created and key not in refused]
+    if unknown:
+        stored.update({row[0]: row[1] for row in await fetch(pool, log.hashes, unknown)})
+    outcomes = []
+    for row in rows:
+        key = row[log.key]
+        if key in refused:
+            reason = refused[key] if row is first[key] else "an earlier item with the same id was refused"
+            outcomes.append(Outcome("invalid", reason))
+        elif row is first[key] and key in created:
+            outcomes.append(Outcome("created"))
+        elif key not in stored:
+            raise Unavailable(f"{key} was erased while it was being sent again")
+        else:
+            outcomes.append(Outcome("duplicate" if stored[key] == row["body_sha256"] else "conflict"))
+    return outcomes
+
+
+async def _insert(pool: Pool, log: Log, rows: Sequence[Row]) -> tuple[set[str], dict[str, str]]:
+    """Insert rows with distinct keys. Returns the keys that are new, and the refused ones with Postgres' reason."""
+    if not rows:
+        return set(), {}
+    try:
+        inserted = await fetch(pool, log.insert, msgspec.json.encode(rows).decode())
+    except _ROW_FAULTS as error:
+        if len(rows) == 1:
+            return set(), {rows[0][log.key]: str(error)}
+        middle = len(rows) // 2
+        created, refused = await _insert(pool, log, rows[:middle])
+        more_created, more_refused = await _insert(pool, log, rows[middle:])
+        return created | more_created, refused | more_refused
+    return {row[0] for row in inserted}, {}
+
+
+async def close(pool: Pool) -> None:
+    """Give the connections back; those that do not end within seconds are cut."""
+    try:
+        await asyncio.wait_for(pool.close(), timeout=ACQUIRE_SECONDS)
+    except TimeoutError:
+        pool.terminate()

@@ -1,0 +1,104 @@
+"""build_defs(): the one place where the code location is put together.
+
+Belongs here: calling each stage's factory and giving assets their automation. Does not belong here: decisions
+a stage could make for itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from dagster_dbt import DbtCliResource, DbtProject
+
+from assets.datasets.assets import dataset_assets
+from assets.documents.assets import REDACTION, document_assets, redaction_asset
+from assets.embeddings.assets import embedding_assets
+from assets.evaluation.assets import evaluation_assets
+from assets.quality.assets import source_checks
+from assets.sources.assets import source_assets
+from assets.sources.contract import load_contracts
+from assets.sources.feedback_log import feedback_log
+from assets.warehouse.assets import warehouse_assets
+from assets.warehouse.tables import shared_tables
+from orchestration import jobs
+from orchestration.automation import gated_eager
+from orchestration.console import moat_logger
+from orchestration.prepare import dbt_project, dbt_variables
+from orchestration.resources import resources
+from orchestration.settings import Settings
+from sensors.new_feedback import new_feedback_sensor
+
+# Stages that follow their inputs by themselves. Sources wait for the clock or a person, embedding for a job
+# (it may cost a GPU hour), daily models for the feedback sensor.
+EAGER_LAYERS = frozenset({"documents", "staging", "intermediate", "marts", "datasets"})
+
+
+def build_defs(settings: Settings, overrides: Mapping[str, Any] | None = None) -> dg.Definitions:
+    """The code location for ``settings``.
+
+    Args:
+        overrides: Resources to use in place of the real ones, by key; for tests.
+
+    Opens no connection and starts no process; reads the contract files and dbt's manifest.
+    """
+    contracts, errors = load_contracts(settings.contract_folders, settings.contract_variables)
+    days = dg.DailyPartitionsDefinition(
+        start_date=datetime.fromisoformat(settings.start_date).replace(tzinfo=UTC), end_offset=1
+    )
+    project = dbt_project(settings)
+    models = warehouse_assets(project, days, dbt_variables(settings))
+    daily = dg.AssetSelection.assets(*(model for model in models if model.partitions_def is not None))
+    corpus, marts, review = jobs.corpus_job(), jobs.marts_job(daily), jobs.review_job()
+    feedback_day = jobs.feedback_day_job(daily, REDACTION)
+    assets: list[Any] = [
+        *source_assets(contracts, errors),
+        *document_assets(contracts),
+        *embedding_assets(contracts, settings.embedding_model),
+        *shared_tables(contracts),
+        *feedback_log(),
+        redaction_asset(),
+        *models,
+        *dataset_assets(contracts),
+        *evaluation_assets(contracts, settings.embedding_model),
+    ]
+    return dg.Definitions(
+        assets=[_automated(asset) for asset in assets],
+        asset_checks=source_checks(contracts),
+        jobs=[corpus, feedback_day, marts, review, jobs.retention],
+        schedules=jobs.schedules(corpus, marts, review),
+        sensors=[
+            new_feedback_sensor(feedback_day, days),
+            dg.AutomationConditionSensorDefinition(
+                "automation",
+                target=dg.AssetSelection.all(),
+                default_status=dg.DefaultSensorStatus.RUNNING,
+                minimum_interval_seconds=30,
+            ),
+        ],
+        resources={**resources(settings), "dbt": _dbt(project), **(overrides or {})},
+        loggers={"console": dg.colored_console_logger, "moat": moat_logger},
+    )
+
+
+def _automated(asset: Any) -> Any:
+    """Give unpartitioned assets of the eager layers their condition."""
+    if not isinstance(asset, dg.AssetsDefinition) or asset.partitions_def is not None:
+        return asset
+    return asset.map_asset_specs(
+        lambda spec: (
+            spec.replace_attributes(automation_condition=gated_eager())
+            if spec.tags.get("layer") in EAGER_LAYERS
+            else spec
+        )
+    )
+
+
+def _dbt(project: DbtProject) -> DbtCliResource:
+    import sys
+
+    # dbt from this interpreter's own environment: PATH may name another, or none.
+    return DbtCliResource(project_dir=project, dbt_executable=str(Path(sys.executable).parent / "dbt"))

@@ -1,0 +1,209 @@
+"""The ``moat`` command.
+
+Belongs here: verbs, their options and their exit codes. Does not belong here: what the verbs do.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from typing import Annotated, Any
+
+import typer
+
+from orchestration.settings import Settings, SettingsError
+
+app = typer.Typer(
+    name="moat",
+    no_args_is_help=True,
+    add_completion=False,
+    help="The private data-and-feedback loop around an AI product, on machines you own.",
+    epilog="Settings come from the environment: EXAMPLE, DATABASE_URL, DATAMOAT_HOME, DATAMOAT_DATA_DIR, EMBEDDING_MODEL.",
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Entry point: known errors become one sentence and exit code 1."""
+    from assets.sources.contract import ContractError
+    from orchestration.services import OPT_OUTS, ServiceError
+    from storage.database import DatabaseError
+    from storage.embedded import EmbeddedPostgresError
+
+    os.environ.update({name: value for name, value in OPT_OUTS.items() if name not in os.environ})
+    try:
+        app()
+    except (SettingsError, ContractError, DatabaseError, EmbeddedPostgresError, ServiceError) as error:
+        typer.echo(f"moat: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        typer.echo("\nmoat: interrupted; run it again to go on where it stopped", err=True)
+        sys.exit(130)
+
+
+def _settings() -> Settings:
+    return Settings.from_environment(os.environ)
+
+
+@app.command()
+def run(
+    full: Annotated[bool, typer.Option(help="Do everything even if nothing has changed.")] = False,
+) -> None:
+    """Turn the whole loop once: land, gate, index, take in feedback, publish datasets, measure, report.
+
+    Only what changed is done again. Exit code 1 when something failed or a gate stopped it.
+    """
+    started = time.monotonic()
+    settings = _settings()
+    from orchestration.console import Screen
+    from orchestration.prepare import prepare
+
+    screen = Screen(sys.stdout)
+    screen.title(f"Datamoat · {settings.example}")
+    prepared = prepare(settings, lambda text: screen.line("prepare", text))
+    screen.line("postgres", prepared.warehouse.database.place)
+
+    from assets.sources.contract import load_contracts
+    from assets.sources.read import list_files
+    from orchestration import report
+    from orchestration.loading import Loaded, load_example
+    from orchestration.run import Turn, inputs_digest, is_current, mark_current, turn
+    from orchestration.services import feedback_service
+
+    contracts, errors = load_contracts(settings.contract_folders, settings.contract_variables)
+    for error in errors:
+        screen.line("contract", str(error), style="bold red")
+
+    def digest() -> str:
+        return inputs_digest(
+            settings, prepared.warehouse, [path for contract in contracts for path in list_files(contract)]
+        )
+
+    done, loaded = Turn(), Loaded()
+    current = not full and not errors and is_current(prepared.warehouse, digest())
+    if current:
+        screen.line("nothing changed", "no row landed, no chunk embedded, nothing written")
+    else:
+        with feedback_service(settings, prepared) as url:
+            loaded = load_example(settings, url, prepared.api_key, screen)
+        from orchestration.build import build_defs
+
+        done = turn(build_defs(settings), prepared, screen, settings.folder / "logs" / "run.log")
+        if not done.failed and not errors:
+            mark_current(prepared.warehouse, digest())
+    figures = report.collect(settings, prepared, done, loaded, time.monotonic() - started, current)
+    report.save(settings, figures)
+    report.show(screen, figures)
+    if done.failed or errors:
+        raise typer.Exit(1)
+
+
+@app.command()
+def prepare() -> None:
+    """Make the deployment ready: database, migrations, Dagster's instance, dbt's manifest. Safe to repeat."""
+    from orchestration.prepare import prepare as make_ready
+
+    prepared = make_ready(_settings(), typer.echo)
+    typer.echo(f"ready: {prepared.warehouse.database.place}")
+
+
+@app.command()
+def dev(
+    port: Annotated[int, typer.Option(help="Port of Dagster UI; the next free one if taken.")] = 3000,
+    feedback_port: Annotated[int, typer.Option(help="Port of the feedback service.")] = 8787,
+) -> None:
+    """Open Dagster UI, its daemon with sensors and schedules, and the feedback service, until Ctrl-C."""
+    from orchestration.prepare import prepare as make_ready
+    from orchestration.services import (
+        HOST,
+        ServiceError,
+        free_port,
+        start_dagster,
+        start_feedback,
+        stop,
+        wait_until_ready,
+    )
+
+    settings = _settings()
+    prepared = make_ready(settings, typer.echo)
+    logs = settings.folder / "logs"
+    port, feedback_port = free_port(port), free_port(feedback_port)
+    # SIGTERM ends everything as Ctrl-C does.
+    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    children: dict[str, Any] = {}
+    try:
+        children["feedback service"] = start_feedback(settings, prepared, feedback_port)
+        children["Dagster"] = start_dagster(settings, prepared, port)
+        wait_until_ready(
+            children["feedback service"], f"http://{HOST}:{feedback_port}/readyz", logs / "feedback.log"
+        )
+        wait_until_ready(children["Dagster"], f"http://{HOST}:{port}/server_info", logs / "dagster.log")
+        typer.echo(f"Dagster UI        http://{HOST}:{port}")
+        typer.echo(f"feedback service  http://{HOST}:{feedback_port}/docs")
+        typer.echo(f"API key           {settings.folder / 'secrets' / 'api.key'}")
+        typer.echo(f"database          {prepared.warehouse.database.place}")
+        typer.echo(f"logs              {logs}")
+        typer.echo("Ctrl-C stops everything.")
+        while True:
+            for name, child in children.items():
+                if child.poll() is not None:
+                    raise ServiceError(f"{name} ended with {child.returncode}; its log is in {logs}")
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        typer.echo("\nstopping")
+    finally:
+        for child in reversed(children.values()):
+            stop(child)
+    typer.echo("stopped")
+
+
+@app.command()
+def status() -> None:
+    """Say what is there: database, sources, index, datasets, the last run."""
+    from orchestration.console import Screen
+    from orchestration.status import show_status
+
+    show_status(_settings(), Screen(sys.stdout))
+
+
+@app.command()
+def search(
+    question: Annotated[str, typer.Argument(help="What to look for, in plain words.")],
+    k: Annotated[int, typer.Option("-k", help="How many passages.", min=1, max=100)] = 5,
+    mode: Annotated[str, typer.Option(help="hybrid, vector or text.")] = "hybrid",
+) -> None:
+    """Ask the index: the best passages for a question, with their sources."""
+    from orchestration.console import Screen
+    from orchestration.search import show_search
+
+    if mode not in ("hybrid", "vector", "text"):
+        raise typer.BadParameter("choose hybrid, vector or text", param_hint="--mode")
+    if not show_search(_settings(), Screen(sys.stdout), question, k, mode):
+        raise typer.Exit(1)
+
+
+@app.command()
+def sql(
+    query: Annotated[str, typer.Argument(help="One SQL statement; it may read, not write.")],
+) -> None:
+    """Run one read-only query as the analyst role and print its rows."""
+    from orchestration.console import Screen
+    from orchestration.status import show_query
+
+    if not show_query(_settings(), Screen(sys.stdout), query):
+        raise typer.Exit(1)
+
+
+@app.command()
+def stop() -> None:
+    """Stop the embedded Postgres now, whoever uses it. It otherwise stops by itself with its last user."""
+    from storage import embedded
+
+    stopped = embedded.stop(_settings().home)
+    typer.echo("stopped" if stopped else "it was not running")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""Jobs and schedules: the selections people and the clock run.
+
+Belongs here: selections, and the upkeep of Dagster's own storage. Does not belong here: asset bodies.
+"""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+import psycopg
+
+from storage.database import Database
+
+CORPUS_GROUPS = ("sources", "documents", "embeddings")
+MODEL_GROUPS = ("staging", "intermediate", "marts")
+
+EVENT_LOG_DAYS = 90
+
+# What was materialized, observed or checked, and how runs ended: partition status, lineage and automation
+# conditions are computed from these.
+KEPT_EVENTS = (
+    "ASSET_MATERIALIZATION",
+    "ASSET_MATERIALIZATION_PLANNED",
+    "ASSET_OBSERVATION",
+    "ASSET_CHECK_EVALUATION",
+    "ASSET_CHECK_EVALUATION_PLANNED",
+    "PIPELINE_SUCCESS",
+    "PIPELINE_FAILURE",
+    "PIPELINE_CANCELED",
+)
+
+
+def corpus_job() -> Any:
+    """From source files to the searchable index, and the models that read source tables."""
+    return dg.define_asset_job(
+        "corpus",
+        selection=dg.AssetSelection.groups(*CORPUS_GROUPS),
+        description="Land every source, gate it, parse, redact, chunk, embed and index what changed.",
+    )
+
+
+def feedback_day_job(daily: dg.AssetSelection, redaction: dg.AssetKey) -> Any:
+    """One day of feedback: redact its texts and fold it into the marts."""
+    return dg.define_asset_job(
+        "feedback_day",
+        selection=dg.AssetSelection.assets(redaction) | daily,
+        description="Fold one UTC day of interactions and feedback into the daily marts.",
+    )
+
+
+def marts_job(daily: dg.AssetSelection) -> Any:
+    """The models that are not folded day by day, among them the inventory of sources."""
+    return dg.define_asset_job(
+        "marts",
+        selection=dg.AssetSelection.groups(*MODEL_GROUPS) - daily,
+        description="Rebuild the views and the marts that are not partitioned by day.",
+    )
+
+
+def review_job() -> Any:
+    """What is made from feedback as a whole: training sets and figures."""
+    return dg.define_asset_job(
+        "feedback_review",
+        selection=dg.AssetSelection.groups("datasets", "evaluation"),
+        description="Publish dataset versions from the feedback so far and measure retrieval.",
+    )
+
+
+@dg.op(
+    pool="warehouse",
+    description=f"Delete step-by-step log rows older than {EVENT_LOG_DAYS} days from Dagster's own storage.",
+)
+def purge_event_log(context: dg.OpExecutionContext, dagster_database: dg.ResourceParam[Database]) -> None:
+    """Dagster keeps its event log for ever; this keeps the bulk of it for 90 days."""
+    with dagster_database.connect(application_name="retention") as connection:
+        removed = delete_old_events(connection, datetime.now(UTC) - timedelta(days=EVENT_LOG_DAYS))
+    context.log.info(f"deleted {removed:,} event-log rows older than {EVENT_LOG_DAYS} days")
+
+
+def delete_old_events(connection: psycopg.Connection[Any], before: datetime) -> int:
+    """Delete event-log rows older than ``before`` that neither the catalogue nor automation reads; how many."""
+    return connection.execute(
+        "delete from event_logs where timestamp < %s and"
+        " (dagster_event_type is null or dagster_event_type <> all(%s))",
+        [before.replace(tzinfo=None), list(KEPT_EVENTS)],
+    ).rowcount
+
+
+@dg.job(description=f"Keep Dagster's own event log to {EVENT_LOG_DAYS} days.")
+def retention() -> None:
+    """See purge_event_log."""
+    purge_event_log()
+
+
+def schedules(corpus: Any, marts: Any, review: Any) -> list[dg.ScheduleDefinition]:
+    """Nightly re-index and marts, monthly feedback review, weekly retention; times in UTC."""
+    running = dg.DefaultScheduleStatus.RUNNING
+    return [
+        dg.ScheduleDefinition(
+            name="nightly_reindex",
+            job=corpus,
+            cron_schedule="0 2 * * *",
+            default_status=running,
+            description="Every night: land, gate, embed and index what changed.",
+        ),
+        dg.ScheduleDefinition(
+            name="nightly_marts",
+            job=marts,
+            cron_schedule="0 3 * * *",
+            default_status=running,
+            description="Every night, after the re-index: the inventory of sources and the other marts.",
+        ),
+        dg.ScheduleDefinition(
+            name="monthly_feedback_review",
+            job=review,
+            cron_schedule="0 6 1 * *",
+            default_status=running,
+            description="On the first of the month: training sets and retrieval figures from all feedback.",
+        ),
+        dg.ScheduleDefinition(
+            name="weekly_retention",
+            job=retention,
+            cron_schedule="0 4 * * 0",
+            default_status=running,
+            description="Every Sunday: clean Dagster's own storage.",
+        ),
+    ]

@@ -1,0 +1,219 @@
+"""``moat run``: one turn of the whole loop, in this process, doing only what has changed.
+
+Belongs here: the order of things and what may be left out. Does not belong here: the work (assets), the
+drawing (console) and the figures (report).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+from psycopg.types.json import Jsonb
+
+from orchestration.console import Screen, use_screen
+from orchestration.prepare import Prepared
+from orchestration.settings import Settings
+from sensors.new_feedback import changed_days, read_checkpoint, write_checkpoint
+from storage.warehouse import Warehouse
+
+CHECKPOINT = "moat_run"
+OWNER_TAG = "datamoat/process"
+
+
+@dataclass
+class Turn:
+    """What one turn of the loop did.
+
+    Attributes:
+        failed: Assets that failed or were stopped, as ``raw/tickets``.
+        run_ids: Dagster runs, in order.
+        embedded: Vectors computed now; ``embedding_seconds`` what that took.
+        days: Days whose facts were folded.
+    """
+
+    failed: list[str] = field(default_factory=list)
+    run_ids: list[str] = field(default_factory=list)
+    embedded: int = 0
+    embedding_seconds: float = 0.0
+    days: list[str] = field(default_factory=list)
+
+
+def inputs_digest(settings: Settings, warehouse: Warehouse, contract_files: Iterable[Path]) -> str:
+    """Digest of all that a turn depends on: source files, contracts, examples, code, model, the log's length.
+
+    Files are told by path, size and time of change, so that asking costs no reading; landing itself compares
+    contents.
+    """
+    digest = hashlib.sha256()
+    code = [
+        path
+        for package in ("assets", "embedder", "feedback", "orchestration", "sensors", "storage", "dbt_project")
+        for path in (settings.root / package).rglob("*")
+        if path.suffix in (".py", ".sql", ".yml")
+    ]
+    example = [path for path in (settings.root / "examples" / settings.example).rglob("*") if path.is_file()]
+    for path in sorted({*code, *example, *contract_files}):
+        with contextlib.suppress(OSError):
+            status = path.stat()
+            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    digest.update(f"{settings}".encode())
+    with warehouse.connect("digest") as connection:
+        log = connection.execute(
+            "select (select count(*) from feedback.interaction), (select count(*) from feedback.feedback_event)"
+        ).fetchone()
+    digest.update(f"{log}".encode())
+    return digest.hexdigest()
+
+
+def is_current(warehouse: Warehouse, digest: str) -> bool:
+    """Whether the last whole turn saw exactly these inputs."""
+    with warehouse.connect("digest") as connection:
+        row = connection.execute(
+            "select value ->> 'inputs' from registry.checkpoint where name = %s", [CHECKPOINT]
+        ).fetchone()
+    return row is not None and row[0] == digest
+
+
+def mark_current(warehouse: Warehouse, digest: str) -> None:
+    """Record that a whole turn succeeded on these inputs."""
+    with warehouse.connect("digest") as connection:
+        connection.execute(
+            "insert into registry.checkpoint (name, value) values (%s, %s)"
+            " on conflict (name) do update set value = excluded.value, updated_at = now()",
+            [CHECKPOINT, Jsonb({"inputs": digest})],
+        )
+
+
+def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path) -> Turn:
+    """Run the graph: sources to index, then feedback to datasets and figures.
+
+    Two Dagster runs, because what feedback and figures need must not wait for a bad source. What failed in the
+    first, or stands behind a gate that closed, is left out of the second with everything that depends on it.
+
+    Args:
+        log: File that takes what dbt and libraries print.
+    """
+    done = Turn()
+    graph = defs.resolve_asset_graph()
+    everything = graph.materializable_asset_keys
+    by_group: dict[str, set[dg.AssetKey]] = {}
+    for key in everything:
+        by_group.setdefault(graph.get(key).group_name, set()).add(key)
+    corpus = by_group["sources"] | by_group["documents"] | by_group["embeddings"]
+    with dg.DagsterInstance.get() as instance:
+        end_orphaned_runs(instance)
+        screen.title("Sources to index")
+        with prepared.warehouse.connect("changed days") as connection:
+            changed = changed_days(connection, read_checkpoint(connection))
+        _execute(defs, instance, corpus, [], done, screen, log)
+        stopped = {dg.AssetKey.from_user_string(name) for name in done.failed}
+        behind = {
+            child
+            for key in stopped
+            for child in dg.AssetSelection.assets(key).downstream().resolve(graph)
+        }
+        partitions = sorted(
+            {day.isoformat() for day in changed.days}
+            & set(_days(defs, everything).get_partition_keys() if changed.days else [])
+        )
+        rest = everything - corpus - behind
+        if not partitions:
+            rest = {key for key in rest if not graph.get(key).is_partitioned}
+        screen.title("Feedback to datasets")
+        _execute(defs, instance, rest, partitions, done, screen, log)
+        done.failed += [key.to_user_string() for key in sorted(behind - stopped) if key not in corpus]
+        done.days = partitions
+    if not done.failed:
+        with prepared.warehouse.connect("changed days") as connection:
+            write_checkpoint(connection, changed.horizon)
+    return done
+
+
+def _days(defs: dg.Definitions, keys: Iterable[dg.AssetKey]) -> dg.PartitionsDefinition[str]:
+    graph = defs.resolve_asset_graph()
+    return next(
+        definition for key in keys if (definition := graph.get(key).partitions_def) is not None
+    )
+
+
+def _execute(
+    defs: dg.Definitions,
+    instance: dg.DagsterInstance,
+    selection: AbstractSet[dg.AssetKey],
+    days: Sequence[str],
+    done: Turn,
+    screen: Screen,
+    log: Path,
+) -> None:
+    """One Dagster run over ``selection``; days become one range, which dbt walks batch by batch."""
+    tags = {OWNER_TAG: f"{socket.gethostname()}:{os.getpid()}"}
+    if days:
+        tags |= {"dagster/asset_partition_range_start": days[0], "dagster/asset_partition_range_end": days[-1]}
+    use_screen(screen)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with screen.live("starting"), log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
+        result = defs.resolve_implicit_global_asset_job_def().execute_in_process(
+            asset_selection=sorted(selection),
+            tags=tags,
+            instance=instance,
+            run_config={"loggers": {"moat": {}}},
+            raise_on_error=False,
+        )
+    done.run_ids.append(result.run_id)
+    for event in result.get_asset_materialization_events():
+        materialization = event.step_materialization_data.materialization
+        if materialization.asset_key.path[0] == "vectors":
+            figures: dict[str, Any] = {
+                name: entry.value for name, entry in materialization.metadata.items()
+            }
+            done.embedded += figures["embedded"]
+            done.embedding_seconds += figures["seconds"]
+    written = {
+        event.step_materialization_data.materialization.asset_key
+        for event in result.get_asset_materialization_events()
+    }
+    closed = {
+        check.asset_key
+        for check in result.get_asset_check_evaluations()
+        if not check.passed and check.severity is dg.AssetCheckSeverity.ERROR
+    }
+    done.failed += [key.to_user_string() for key in sorted((selection - written) | closed)]
+
+
+def end_orphaned_runs(instance: dg.DagsterInstance) -> list[str]:
+    """Mark runs that a killed ``moat run`` on this machine left unfinished as failed; their ids."""
+    ended = []
+    unfinished = dg.RunsFilter(
+        statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.NOT_STARTED]
+    )
+    for run in instance.get_runs(unfinished):
+        host, _, process = run.tags.get(OWNER_TAG, "").rpartition(":")
+        if host == socket.gethostname() and not _is_alive(int(process)):
+            instance.report_run_failed(run, "the process that executed this run was killed")
+            ended.append(run.run_id)
+    return ended
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return process != os.getpid()
+
+
+def read_json(path: Path) -> Any:
+    """The JSON document in ``path``; None when there is none."""
+    return json.loads(path.read_text("utf-8")) if path.exists() else None

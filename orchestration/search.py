@@ -1,0 +1,42 @@
+"""``moat search``: a question in, the best passages out.
+
+Belongs here: embedding the question and drawing the answer. Does not belong here: ranking, which is the SQL
+function ``retrieval.search``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestration.console import Screen
+from orchestration.resources import open_warehouse
+from orchestration.settings import Settings
+
+
+def search(settings: Settings, question: str, k: int, mode: str) -> list[dict[str, Any]]:
+    """The ``k`` best chunks for ``question``, best first; empty when nothing is indexed yet."""
+    from psycopg.rows import dict_row
+
+    from embedder.encode import Embedder
+
+    with open_warehouse(settings).connect("search") as connection, connection.cursor(row_factory=dict_row) as cursor:
+        row = cursor.execute("select to_regclass('retrieval.live') is not null as ready").fetchone()
+        if row is None or not row["ready"]:
+            return []
+        vector = Embedder.open(settings.embedding_model).encode([question])[0]
+        return cursor.execute(
+            "select * from retrieval.search(%s, %s::halfvec, %s, %s)", [question, str(vector.tolist()), k, mode]
+        ).fetchall()
+
+
+def show_search(settings: Settings, screen: Screen, question: str, k: int, mode: str) -> bool:
+    """Print the best passages; False, with a remedy, when there is nothing to search."""
+    passages = search(settings, question, k, mode)
+    if not passages:
+        screen.line("nothing found", "the index is empty or has no match; 'make run' fills it")
+        return False
+    for place, passage in enumerate(passages, start=1):
+        screen.title(f"{place}. {passage['title']}")
+        screen.console.print(f"   {passage['document_id']}  score {passage['score']:.4f}", style="dim", markup=False)
+        screen.console.print(passage["body"].strip(), markup=False)
+    return True

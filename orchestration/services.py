@@ -1,0 +1,153 @@
+"""Child processes: the feedback service, and Dagster's UI and daemon.
+
+Belongs here: starting them with the right environment and stopping them. Does not belong here: what they do.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+
+from orchestration.prepare import Prepared
+from orchestration.settings import Settings
+
+HOST = "127.0.0.1"
+FEEDBACK_PORT = 8787
+DAGSTER_PORT = 3000
+
+# Nothing leaves the machine: every opt-out our libraries know.
+OPT_OUTS = {
+    "DO_NOT_TRACK": "1",
+    "DAGSTER_DISABLE_TELEMETRY": "1",
+    "DBT_SEND_ANONYMOUS_USAGE_STATS": "false",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+class ServiceError(Exception):
+    """A child process did not start; the message says which and where its log is."""
+
+
+def environment(settings: Settings, prepared: Prepared) -> dict[str, str]:
+    """The environment of every child: this deployment, and no telemetry."""
+    return {
+        **os.environ,
+        **OPT_OUTS,
+        "EXAMPLE": settings.example,
+        "DATAMOAT_HOME": str(settings.home),
+        "DAGSTER_HOME": str(settings.dagster_home),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def free_port(wanted: int) -> int:
+    """``wanted`` if nobody listens there, else a free port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, wanted))
+        except OSError:
+            probe.bind((HOST, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def start_feedback(settings: Settings, prepared: Prepared, port: int) -> subprocess.Popen[bytes]:
+    """Start the feedback service; its output goes to ``<deployment>/logs/feedback.log``."""
+    return _start(
+        [sys.executable, "-m", "feedback", "serve", "--host", HOST, "--port", str(port)],
+        settings.folder / "logs" / "feedback.log",
+        {
+            **environment(settings, prepared),
+            "DATABASE_URL": prepared.warehouse.database.url,
+            "DATAMOAT_PSEUDONYM_KEY_FILE": str(settings.folder / "secrets" / "pseudonym.key"),
+        },
+    )
+
+
+def start_dagster(settings: Settings, prepared: Prepared, port: int) -> subprocess.Popen[bytes]:
+    """Start Dagster's UI and daemon; their output goes to ``<deployment>/logs/dagster.log``."""
+    return _start(
+        [
+            str(Path(sys.executable).parent / "dagster"),
+            "dev",
+            "-w",
+            str(settings.root / "workspace.yaml"),
+            "-h",
+            HOST,
+            "-p",
+            str(port),
+        ],
+        settings.folder / "logs" / "dagster.log",
+        environment(settings, prepared),
+    )
+
+
+@contextmanager
+def feedback_service(settings: Settings, prepared: Prepared) -> Iterator[str]:
+    """The feedback service on a free port for as long as the block runs; yields its base URL."""
+    port = free_port(FEEDBACK_PORT)
+    process = start_feedback(settings, prepared, port)
+    try:
+        url = f"http://{HOST}:{port}"
+        wait_until_ready(process, f"{url}/readyz", settings.folder / "logs" / "feedback.log")
+        yield url
+    finally:
+        stop(process)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path, seconds: float = 120) -> None:
+    """Return once ``url`` answers 200.
+
+    Raises:
+        ServiceError: The process ended, or ``seconds`` passed.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise ServiceError(f"{log}: the process ended with {process.returncode} before it was ready")
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.1)
+    raise ServiceError(f"{log}: {url} did not answer within {seconds:.0f} s")
+
+
+def stop(process: subprocess.Popen[bytes], seconds: float = 20) -> None:
+    """Ask the process and its children to end; kill what is left after ``seconds``."""
+    for ask in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is not None:
+            break
+        try:
+            os.killpg(process.pid, ask) if ask is signal.SIGKILL else process.send_signal(ask)
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            break
+
+
+def _start(command: list[str], log: Path, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("ab") as file:
+        # A group of its own: Ctrl-C reaches us, and we end our children in order.
+        return subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=dict(variables),
+            start_new_session=True,
+        )

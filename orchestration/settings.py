@@ -1,0 +1,115 @@
+"""Settings: every environment variable Datamoat reads, in one place, and the paths that follow from them.
+
+Belongs here: names, defaults and derived paths. Does not belong here: anything that opens a connection or
+writes a file.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class SettingsError(Exception):
+    """An environment variable has a value Datamoat cannot use; the message names it and the remedy."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One deployment.
+
+    Attributes:
+        root: The checkout.
+        home: Where everything Datamoat makes is kept (``DATAMOAT_HOME``, default ``<root>/.datamoat``).
+        example: The example whose sources are loaded (``EXAMPLE``, default ``support``; ``none`` for none).
+        contracts: The team's own contracts (``DATAMOAT_CONTRACTS``, default ``<root>/contracts``).
+        database_url: An external Postgres (``DATABASE_URL``); None runs the embedded one.
+        data_dir: Public data sets that examples read (``DATAMOAT_DATA_DIR``, default ``<root>/../shared/data``).
+        embedding_model: A local model folder (``EMBEDDING_MODEL``); None takes the installed MiniLM.
+        start_date: The first daily partition (``DATAMOAT_START_DATE``, ``YYYY-MM-DD``).
+    """
+
+    root: Path
+    home: Path
+    example: str
+    contracts: Path
+    database_url: str | None
+    data_dir: Path
+    embedding_model: Path | None
+    start_date: str = "2025-01-01"
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Settings:
+        """Read the settings; raises SettingsError for an example that does not exist."""
+        example = environment.get("EXAMPLE") or "support"
+        if example != "none" and not (ROOT / "examples" / example / "contracts").is_dir():
+            known = sorted(p.parent.name for p in (ROOT / "examples").glob("*/contracts"))
+            raise SettingsError(
+                f"EXAMPLE={example}: there is no folder examples/{example}/contracts. "
+                f"Take one of {', '.join(known)}, or 'none' for your own contracts/ only."
+            )
+        return cls(
+            root=ROOT,
+            home=Path(environment.get("DATAMOAT_HOME") or ROOT / ".datamoat").absolute(),
+            example=example,
+            contracts=Path(environment.get("DATAMOAT_CONTRACTS") or ROOT / "contracts").absolute(),
+            database_url=environment.get("DATABASE_URL") or None,
+            data_dir=Path(environment.get("DATAMOAT_DATA_DIR") or ROOT.parent / "shared" / "data").absolute(),
+            embedding_model=Path(model).absolute() if (model := environment.get("EMBEDDING_MODEL")) else None,
+            start_date=environment.get("DATAMOAT_START_DATE") or "2025-01-01",
+        )
+
+    @property
+    def deployment(self) -> str:
+        """Names the database and the folder below ``home``: one per example, so that they never mix."""
+        return "datamoat" if self.example == "none" else self.example
+
+    @property
+    def folder(self) -> Path:
+        """Everything of this deployment that is not in Postgres."""
+        return self.home / self.deployment
+
+    @property
+    def lake(self) -> Path:
+        """Parquet: embedding datasets, vectors, dataset versions, refused files."""
+        return self.folder / "lake"
+
+    @property
+    def dagster_home(self) -> Path:
+        """Dagster's instance folder, made by ``orchestration.bootstrap``."""
+        return self.folder / "dagster"
+
+    @property
+    def dbt_project(self) -> Path:
+        """The dbt project."""
+        return self.root / "dbt_project"
+
+    @property
+    def dbt_target(self) -> Path:
+        """dbt's compiled files and the manifest; apart for each deployment, for they differ."""
+        return self.folder / "dbt"
+
+    @property
+    def report(self) -> Path:
+        """The report of the newest ``moat run``."""
+        return self.home / "report.json"
+
+    @property
+    def contract_folders(self) -> list[Path]:
+        """The team's own contracts, then the example's."""
+        folders = [self.contracts]
+        if self.example != "none":
+            folders.append(self.root / "examples" / self.example / "contracts")
+        return folders
+
+    @property
+    def contract_variables(self) -> dict[str, str]:
+        """What ``${NAME}`` may stand for in a contract's path."""
+        return {
+            "DATAMOAT_DATA_DIR": str(self.data_dir),
+            "SITE_PACKAGES": sysconfig.get_paths()["purelib"],
+        }
