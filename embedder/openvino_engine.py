@@ -6,9 +6,11 @@ Does not belong here: tokenising, choosing batches, checking the vectors (see `e
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -53,22 +55,43 @@ class OpenVinoEngine:
                 "ENABLE_CPU_PINNING": "NO",
             },
         )
-        self._compiled = compiled
-        self._queue_type = ov.AsyncInferQueue
+        # More requests than streams, so that no stream waits for this side to look at a finished one.
+        self._requests = [compiled.create_infer_request() for _ in range(2 * self.streams)]
 
     def encode(self, batches: Iterable[Batch], take: Callable[[int, Floats], None]) -> None:
-        """Run every batch; `take(i, vectors float32[n, d])` is called for batch i, from any thread, in any order.
+        """Run every batch; `take(i, vectors float32[n, d])` is called for batch i, in order, on this thread.
 
-        `batches` is read lazily, and an exception it raises comes out once the batches in flight are done.
-        Raises RuntimeError when OpenVINO cannot run a batch; which one is not said.
+        The array given to `take` is reused afterwards. `batches` is read lazily, and an exception it raises
+        comes out once the batches in flight are done.
+        Raises RuntimeError when OpenVINO cannot run a batch; later batches are then left undone.
         """
-        queue = self._queue_type(self._compiled, self.streams)
-        queue.set_callback(lambda request, i: take(i, request.get_output_tensor(0).data))
+        # No AsyncInferQueue: its callbacks are Python objects that a stream's thread releases after the result
+        # is out, and deleting the compiled model meanwhile joins that thread while holding the interpreter lock.
+        free = list(self._requests)
+        running: deque[tuple[int, Any, Batch]] = deque()
+
+        def finish() -> None:
+            number, request, _inputs = running[0]
+            try:
+                request.wait()
+            finally:
+                running.popleft()
+                free.append(request)
+            take(number, request.get_output_tensor(0).data)
+
         try:
-            for i, (ids, lengths) in enumerate(batches):
-                queue.start_async({0: ids, 1: lengths}, i)
+            for number, (ids, lengths) in enumerate(batches):
+                if not free:
+                    finish()
+                request = free.pop()
+                request.start_async({0: ids, 1: lengths}, share_inputs=True)
+                running.append((number, request, (ids, lengths)))
+            while running:
+                finish()
         finally:
-            queue.wait_all()
+            for _number, request, _inputs in running:
+                with contextlib.suppress(RuntimeError):
+                    request.wait()
 
 
 def build_graph(model: Model, weights: dict[str, Floats]) -> Any:

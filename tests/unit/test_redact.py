@@ -100,6 +100,15 @@ def test_a_label_makes_a_number_a_phone_number(text: str) -> None:
         assert Redactor().redact(text.format(number)).text == text.format("<PHONE>")
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["client_ip=203.0.113.5", "<203.0.113.5>", "203.0.113.5.443", "no.4111 1111 1111 1111", "-219-09-9999-"],
+)
+def test_what_stands_around_does_not_hide_it(text: str) -> None:
+    kept = Redactor().redact(text).text
+    assert not any(value in kept for value in ("203.0", "4111", "219-09"))
+
+
 def test_findings_are_counted_by_type() -> None:
     redaction = Redactor().redact("a@b.example, c@d.example, +49 30 901820")
     assert redaction.findings == {"EMAIL_ADDRESS": 2, "PHONE_NUMBER": 1}
