@@ -10,6 +10,7 @@ import contextlib
 import os
 import platform
 import sys
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -42,7 +43,7 @@ class OpenVinoEngine:
         self, model: Model, weights: dict[str, Floats], *, precision: str, streams: int | None = None
     ) -> None:
         """`precision` is 'f32' or 'bf16' and is never left to OpenVINO, which would pick bf16 silently."""
-        ov = _import_openvino()
+        ov = import_openvino()
         self.precision = precision
         self.streams = streams or physical_cores()
         compiled = ov.Core().compile_model(
@@ -56,6 +57,7 @@ class OpenVinoEngine:
             },
         )
         # More requests than streams, so that no stream waits for this side to look at a finished one.
+        self._lock = threading.Lock()
         self._requests = [compiled.create_infer_request() for _ in range(2 * self.streams)]
 
     def encode(self, batches: Iterable[Batch], take: Callable[[int, Floats], None]) -> None:
@@ -63,8 +65,13 @@ class OpenVinoEngine:
 
         The array given to `take` is reused afterwards. `batches` is read lazily, and an exception it raises
         comes out once the batches in flight are done.
-        Raises RuntimeError when OpenVINO cannot run a batch; later batches are then left undone.
+        Raises RuntimeError when OpenVINO cannot run a batch; later batches are then left undone. Calls from
+        several threads take turns.
         """
+        with self._lock:
+            self._run(batches, take)
+
+    def _run(self, batches: Iterable[Batch], take: Callable[[int, Floats], None]) -> None:
         # No AsyncInferQueue: its callbacks are Python objects that a stream's thread releases after the result
         # is out, and deleting the compiled model meanwhile joins that thread while holding the interpreter lock.
         free = list(self._requests)
@@ -100,7 +107,7 @@ def build_graph(model: Model, weights: dict[str, Floats]) -> Any:
     Scaling to unit length is left to the caller, who does it in float32: inside a bf16 graph the result would
     be rounded after it. Raises EmbedderError when a weight is missing or has another shape than the config says.
     """
-    ov = _import_openvino()
+    ov = import_openvino()
     op = ov.opset13
     hidden, heads = model.hidden, model.heads
 
@@ -227,7 +234,8 @@ def _cpu_flags(path: Path) -> set[str]:
     return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())
 
 
-def _import_openvino() -> Any:
+def import_openvino() -> Any:
+    """The openvino package, loaded so that nothing in this process can send usage data."""
     # OpenVINO's package imports its conversion tools, and those a telemetry client that sends usage data
     # unless it cannot be imported, in which case they fall back to a stub.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]

@@ -39,12 +39,12 @@ def serve(
     ] = Path(".datamoat/pseudonym.key"),
 ) -> None:
     """Serve the HTTP API until interrupted."""
-    from feedback.ids import ensure_pseudonym_key
+    from feedback.secret import ensure_secret
     from feedback.server import PortTaken
     from feedback.server import serve as run
 
     try:
-        pseudonym_key, created = ensure_pseudonym_key(pseudonym_key_file)
+        pseudonym_key, created = ensure_secret(pseudonym_key_file)
         if created:
             typer.echo(
                 f"made the pseudonym key {pseudonym_key_file}: back it up, people cannot be recognised without it",

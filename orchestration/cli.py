@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestration.settings import Settings, SettingsError
+from orchestration.settings import OPT_OUTS, Settings, SettingsError
 
 app = typer.Typer(
     name="moat",
@@ -28,7 +28,7 @@ app = typer.Typer(
 def main() -> None:
     """Entry point: known errors become one sentence and exit code 1."""
     from assets.sources.contract import ContractError
-    from orchestration.services import OPT_OUTS, ServiceError
+    from orchestration.services import ServiceError
     from storage.database import DatabaseError
     from storage.embedded import EmbeddedPostgresError
 
@@ -57,8 +57,8 @@ def run(
     """
     started = time.monotonic()
     settings = _settings()
-    from orchestration.console import Screen
     from orchestration.prepare import prepare
+    from orchestration.screen import Screen
 
     screen = Screen(sys.stdout)
     screen.title(f"Datamoat · {settings.example}")
@@ -130,8 +130,9 @@ def dev(
     prepared = make_ready(settings, typer.echo)
     logs = settings.folder / "logs"
     port, feedback_port = free_port(port), free_port(feedback_port)
-    # SIGTERM ends everything as Ctrl-C does.
-    signal.signal(signal.SIGTERM, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt()))
+    # SIGTERM ends everything as Ctrl-C does; and a shell's background job would start with SIGINT ignored.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     children: dict[str, Any] = {}
     try:
         children["feedback service"] = start_feedback(settings, prepared, feedback_port)
@@ -142,7 +143,7 @@ def dev(
         wait_until_ready(children["Dagster"], f"http://{HOST}:{port}/server_info", logs / "dagster.log")
         typer.echo(f"Dagster UI        http://{HOST}:{port}")
         typer.echo(f"feedback service  http://{HOST}:{feedback_port}/docs")
-        typer.echo(f"API key           {settings.folder / 'secrets' / 'api.key'}")
+        typer.echo(f"API key           {settings.api_key_file}")
         typer.echo(f"database          {prepared.warehouse.database.place}")
         typer.echo(f"logs              {logs}")
         typer.echo("Ctrl-C stops everything.")
@@ -162,7 +163,7 @@ def dev(
 @app.command()
 def status() -> None:
     """Say what is there: database, sources, index, datasets, the last run."""
-    from orchestration.console import Screen
+    from orchestration.screen import Screen
     from orchestration.status import show_status
 
     show_status(_settings(), Screen(sys.stdout))
@@ -175,7 +176,7 @@ def search(
     mode: Annotated[str, typer.Option(help="hybrid, vector or text.")] = "hybrid",
 ) -> None:
     """Ask the index: the best passages for a question, with their sources."""
-    from orchestration.console import Screen
+    from orchestration.screen import Screen
     from orchestration.search import show_search
 
     if mode not in ("hybrid", "vector", "text"):
@@ -189,8 +190,8 @@ def sql(
     query: Annotated[str, typer.Argument(help="One SQL statement; it may read, not write.")],
 ) -> None:
     """Run one read-only query as the analyst role and print its rows."""
-    from orchestration.console import Screen
-    from orchestration.status import show_query
+    from orchestration.query import show_query
+    from orchestration.screen import Screen
 
     if not show_query(_settings(), Screen(sys.stdout), query):
         raise typer.Exit(1)

@@ -1,75 +1,25 @@
-"""What a person sees while ``moat`` works: one line a step, live progress, plain lines when not a terminal.
+"""Dagster's log of a run as lines for a person.
 
-Belongs here: drawing. Does not belong here: deciding what to run.
+Belongs here: which records are worth a line. Does not belong here: drawing (screen) or deciding what to run.
 """
 
 from __future__ import annotations
 
 import logging
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
 import dagster as dg
-from rich.console import Console
-from rich.status import Status
 
-NAME_WIDTH = 34
-
-
-class Screen:
-    """Writes lines to ``stream``; on a terminal the step under way has a spinner and its newest progress.
-
-    Thread-safe: Dagster logs from the thread that runs a step.
-    """
-
-    def __init__(self, stream: IO[str]) -> None:
-        self.console = Console(file=stream, highlight=False, soft_wrap=True)
-        if not self.console.is_terminal:
-            # A file has no width; rich would assume 80 columns and break every table.
-            self.console.width = 160
-        self._status: Status | None = None
-        self._lock = threading.Lock()
-
-    def title(self, text: str) -> None:
-        """A heading."""
-        self.console.print(f"\n[bold]{text}[/bold]")
-
-    def line(self, name: str, text: str, style: str = "") -> None:
-        """A finished fact: its name, then what there is to say of it."""
-        with self._lock:
-            self.console.print(f"  {name:<{NAME_WIDTH}} ", end="", markup=False)
-            self.console.print(text, style=style, markup=False)
-
-    def progress(self, name: str, text: str) -> None:
-        """How far the step ``name`` is: replaces the live line on a terminal, a line of its own elsewhere."""
-        if self._status is not None:
-            self._status.update(f"{name} · {text}")
-        else:
-            self.line(name, text, style="dim")
-
-    @contextmanager
-    def live(self, text: str) -> Iterator[None]:
-        """Show that something is under way."""
-        if not self.console.is_terminal:
-            yield
-            return
-        with self.console.status(text) as status:
-            self._status = status
-            try:
-                yield
-            finally:
-                self._status = None
+from orchestration.screen import Screen
 
 
 class StepHandler(logging.Handler):
     """Turns Dagster's log records of one run into lines of a Screen."""
 
     def __init__(self, screen: Screen) -> None:
-        super().__init__(logging.INFO)
+        super().__init__(logging.DEBUG)
         self.screen = screen
         self._started: dict[str, float] = {}
 
@@ -108,8 +58,9 @@ class StepHandler(logging.Handler):
 def _is_chatter(step: str, level: int, message: str) -> bool:
     """What Dagster and dbt say of their own workings, or say again in an event."""
     return (
-        (step.startswith("dbt_") and level < logging.WARNING)
-        or message.startswith("Dependencies for step")
+        level < logging.INFO
+        or (step.startswith("dbt_") and level < logging.WARNING)
+        or message.startswith(("[pipes]", "Dependencies for step"))
         or "Logging an `AssetObservation`" in message
     )
 
@@ -144,6 +95,6 @@ def use_screen(screen: Screen | None) -> None:
 @dg.logger(config_schema=None, description="One line a step, for people at a terminal.")
 def moat_logger(_: dg.InitLoggerContext) -> logging.Logger:
     """The logger of runs that ``moat run`` executes in its own process."""
-    logger = logging.Logger("moat", logging.INFO)
+    logger = logging.Logger("moat", logging.DEBUG)
     logger.addHandler(StepHandler(_screen or Screen(sys.stderr)))
     return logger

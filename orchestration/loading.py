@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 from feedback.client import FeedbackClient, SendReport
-from orchestration.console import Screen
+from orchestration.screen import Screen
 from orchestration.settings import Settings
 
 

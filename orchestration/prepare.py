@@ -18,15 +18,14 @@ import yaml
 from dagster_dbt import DbtProject
 
 from assets.documents.redact import Redactor
-from orchestration.resources import dagster_database, open_warehouse
+from orchestration.deployment import dagster_database, open_warehouse, pseudonym_key
 from orchestration.settings import Settings
 from storage.database import Database, check
 from storage.lake import write_atomic
-from storage.secrets import read_or_create_key
 from storage.warehouse import Warehouse
 
-# The GPU pool stays at one: two embedding jobs at once would share one device or the same cores.
-POOL_LIMITS = {"gpu": 1, "warehouse": 4}
+# Two embedding jobs at once would share one device or the same cores; two dbt commands, one set of tables.
+POOL_LIMITS = {"gpu": 1, "dbt": 1, "warehouse": 4}
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,7 @@ def prepare(settings: Settings, say: Callable[[str], None] = lambda _: None) -> 
 
     from feedback.keys import ensure_key
     from feedback.migrations import upgrade as upgrade_feedback
+    from feedback.secret import ensure_secret
     from storage.migrations import upgrade as upgrade_warehouse
 
     warehouse = open_warehouse(settings)
@@ -61,7 +61,7 @@ def prepare(settings: Settings, say: Callable[[str], None] = lambda _: None) -> 
     migrations = upgrade_warehouse(warehouse.database) + upgrade_feedback(warehouse.database.url)
     if migrations:
         say(f"migrated: {', '.join(migrations)}")
-    api_key = read_or_create_key(settings.folder / "secrets" / "api.key").hex()
+    api_key = ensure_secret(settings.api_key_file)[0].decode()
     with psycopg.connect(warehouse.database.url) as connection:
         ensure_key(connection, app=settings.deployment, key=api_key)
     settings.lake.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,8 @@ def dagster_settings(storage_url: str, runs: Path) -> dict[str, Any]:
 def write_dagster_yaml(settings: Settings, database: Database) -> None:
     """Write ``dagster.yaml`` (it holds the database password: mode 0600) and set the pool limits."""
     content = yaml.safe_dump(
-        dagster_settings(database.sqlalchemy_url("psycopg2"), settings.dagster_home / "storage"), sort_keys=True
+        dagster_settings(database.sqlalchemy_url("psycopg2"), settings.dagster_home / "storage"),
+        sort_keys=True,
     )
     path = settings.dagster_home / "dagster.yaml"
     if not path.exists() or path.read_text("utf-8") != content:
@@ -130,9 +131,7 @@ def write_dagster_yaml(settings: Settings, database: Database) -> None:
 
     # Named limits live in the instance's database; the file can only give a default.
     with DagsterInstance.from_config(str(settings.dagster_home)) as instance:
-        current = {
-            limit.name: limit.limit for limit in instance.event_log_storage.get_pool_limits()
-        }
+        current = {limit.name: limit.limit for limit in instance.event_log_storage.get_pool_limits()}
         for pool, limit in POOL_LIMITS.items():
             if current.get(pool) != limit:
                 instance.event_log_storage.set_concurrency_slots(pool, limit)
@@ -157,10 +156,9 @@ def dbt_project(settings: Settings) -> DbtProject:
 
 def dbt_variables(settings: Settings) -> dict[str, Any]:
     """What the dbt models are told: the example, the redaction policy whose texts they may read, the start."""
-    key = read_or_create_key(settings.folder / "secrets" / "pseudonym.key")
     return {
         "example": settings.example,
-        "redaction_policy": Redactor(key).policy,
+        "redaction_policy": Redactor(pseudonym_key(settings)).policy,
         "start_date": settings.start_date,
     }
 

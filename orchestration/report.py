@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import json
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from psycopg.rows import dict_row
 from rich.table import Table
 
-from orchestration.console import Screen
-from orchestration.loading import Loaded
-from orchestration.prepare import Prepared
-from orchestration.run import Turn
+from orchestration.screen import Screen
 from orchestration.settings import Settings
 from storage.lake import write_atomic
+
+if TYPE_CHECKING:
+    from orchestration.loading import Loaded
+    from orchestration.prepare import Prepared
+    from orchestration.run import Turn
 
 SCHEMA_VERSION = 1
 
@@ -82,7 +84,10 @@ def collect(
 ) -> dict[str, Any]:
     """The report as plain values. ``current`` says that nothing had changed, so that nothing was done."""
     figures: dict[str, Any] = {}
-    with prepared.warehouse.connect("report") as connection, connection.cursor(row_factory=dict_row) as cursor:
+    with (
+        prepared.warehouse.connect("report") as connection,
+        connection.cursor(row_factory=dict_row) as cursor,
+    ):
         for name, query in _QUERIES.items():
             schema, _, table = "marts", "", "model_quality_daily"
             if name == "approval" and not _exists(cursor, schema, table):
@@ -91,7 +96,9 @@ def collect(
             figures[name] = cursor.execute(query).fetchall()
         vectors = 0
         for release in figures["releases"]:
-            cursor.execute(f"select count(*) as n from retrieval.release_{release['release']}")  # our own hex name
+            cursor.execute(
+                f"select count(*) as n from retrieval.release_{release['release']}"
+            )  # our own hex name
             row = cursor.fetchone()
             release["vectors"] = row["n"] if row else 0
             vectors += release["vectors"] if release["live"] else 0
@@ -153,19 +160,26 @@ def show(screen: Screen, report: dict[str, Any]) -> None:
         f"{rows['in']:,} in = {rows['landed']:,} landed + {rows['refused']:,} refused"
         f" ({rows['files_refused']:,} files refused)",
     )
-    table = Table("source", "kind", "uses", "in", "landed", "refused", "documents", "chunks", box=None, pad_edge=False)
+    table = Table(
+        "source", "kind", "uses", "in", "landed", "refused", "documents", "chunks", box=None, pad_edge=False
+    )
     for source in report["sources"]:
         table.add_row(
             source["source"],
             source["kind"],
             ",".join(source["allowed_uses"]),
-            *(f"{source[key]:,}" for key in ("rows_in", "rows_landed", "rows_refused", "documents", "chunks")),
+            *(
+                f"{source[key]:,}"
+                for key in ("rows_in", "rows_landed", "rows_refused", "documents", "chunks")
+            ),
         )
     _table(screen, table)
     if report["refusals"]:
         table = Table("refused", "rule", "rows", "for example", box=None, pad_edge=False)
         for refusal in report["refusals"]:
-            table.add_row(refusal["source"], refusal["rule"], f"{refusal['rows']:,}", _short(refusal["example"]))
+            table.add_row(
+                refusal["source"], refusal["rule"], f"{refusal['rows']:,}", _short(refusal["example"])
+            )
         _table(screen, table)
     for reason, count in report["sent"]["refused"].items():
         screen.line("refused by the feedback API", f"{count} x {reason}")

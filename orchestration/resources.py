@@ -1,6 +1,6 @@
-"""Resources: what assets are handed to do their work with.
+"""Resources: what assets are handed to do their work with, opened when a run first needs them.
 
-Belongs here: making them from settings, when a run first needs them. Does not belong here: their classes.
+Belongs here: the mapping from resource keys. Does not belong here: how a deployment is opened.
 """
 
 from __future__ import annotations
@@ -9,27 +9,8 @@ from typing import Any
 
 import dagster as dg
 
+from orchestration.deployment import dagster_database, open_warehouse
 from orchestration.settings import Settings
-from storage.database import Database, create_if_missing, resolve
-from storage.secrets import read_or_create_key
-from storage.warehouse import Warehouse
-
-
-def open_warehouse(settings: Settings) -> Warehouse:
-    """The deployment's warehouse; starts, or joins, the embedded Postgres when no DATABASE_URL is set."""
-    return Warehouse(
-        database=resolve(settings.database_url, settings.home, settings.deployment),
-        lake=settings.lake,
-        pseudonym_key=read_or_create_key(settings.folder / "secrets" / "pseudonym.key"),
-    )
-
-
-def dagster_database(settings: Settings) -> Database:
-    """Dagster's own database, beside the deployment's."""
-    warehouse = resolve(settings.database_url, settings.home, settings.deployment)
-    dagster = warehouse.with_name(f"{warehouse.name}_dagster")
-    create_if_missing(warehouse, dagster.name)
-    return dagster
 
 
 def resources(settings: Settings) -> dict[str, Any]:

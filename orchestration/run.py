@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import socket
 from collections.abc import Iterable, Sequence
@@ -20,8 +19,9 @@ from typing import Any
 import dagster as dg
 from psycopg.types.json import Jsonb
 
-from orchestration.console import Screen, use_screen
+from orchestration.console import use_screen
 from orchestration.prepare import Prepared
+from orchestration.screen import Screen
 from orchestration.settings import Settings
 from sensors.new_feedback import changed_days, read_checkpoint, write_checkpoint
 from storage.warehouse import Warehouse
@@ -57,7 +57,15 @@ def inputs_digest(settings: Settings, warehouse: Warehouse, contract_files: Iter
     digest = hashlib.sha256()
     code = [
         path
-        for package in ("assets", "embedder", "feedback", "orchestration", "sensors", "storage", "dbt_project")
+        for package in (
+            "assets",
+            "embedder",
+            "feedback",
+            "orchestration",
+            "sensors",
+            "storage",
+            "dbt_project",
+        )
         for path in (settings.root / package).rglob("*")
         if path.suffix in (".py", ".sql", ".yml")
     ]
@@ -118,9 +126,7 @@ def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path) ->
         _execute(defs, instance, corpus, [], done, screen, log)
         stopped = {dg.AssetKey.from_user_string(name) for name in done.failed}
         behind = {
-            child
-            for key in stopped
-            for child in dg.AssetSelection.assets(key).downstream().resolve(graph)
+            child for key in stopped for child in dg.AssetSelection.assets(key).downstream().resolve(graph)
         }
         partitions = sorted(
             {day.isoformat() for day in changed.days}
@@ -141,9 +147,7 @@ def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path) ->
 
 def _days(defs: dg.Definitions, keys: Iterable[dg.AssetKey]) -> dg.PartitionsDefinition[str]:
     graph = defs.resolve_asset_graph()
-    return next(
-        definition for key in keys if (definition := graph.get(key).partitions_def) is not None
-    )
+    return next(definition for key in keys if (definition := graph.get(key).partitions_def) is not None)
 
 
 def _execute(
@@ -158,7 +162,10 @@ def _execute(
     """One Dagster run over ``selection``; days become one range, which dbt walks batch by batch."""
     tags = {OWNER_TAG: f"{socket.gethostname()}:{os.getpid()}"}
     if days:
-        tags |= {"dagster/asset_partition_range_start": days[0], "dagster/asset_partition_range_end": days[-1]}
+        tags |= {
+            "dagster/asset_partition_range_start": days[0],
+            "dagster/asset_partition_range_end": days[-1],
+        }
     use_screen(screen)
     log.parent.mkdir(parents=True, exist_ok=True)
     with screen.live("starting"), log.open("a", encoding="utf-8") as file, contextlib.redirect_stdout(file):
@@ -173,9 +180,7 @@ def _execute(
     for event in result.get_asset_materialization_events():
         materialization = event.step_materialization_data.materialization
         if materialization.asset_key.path[0] == "vectors":
-            figures: dict[str, Any] = {
-                name: entry.value for name, entry in materialization.metadata.items()
-            }
+            figures: dict[str, Any] = {name: entry.value for name, entry in materialization.metadata.items()}
             done.embedded += figures["embedded"]
             done.embedding_seconds += figures["seconds"]
     written = {
@@ -212,8 +217,3 @@ def _is_alive(process: int) -> bool:
     except PermissionError:
         return True
     return process != os.getpid()
-
-
-def read_json(path: Path) -> Any:
-    """The JSON document in ``path``; None when there is none."""
-    return json.loads(path.read_text("utf-8")) if path.exists() else None

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestration.console import Screen
-from orchestration.resources import open_warehouse
+from orchestration.deployment import open_warehouse
+from orchestration.screen import Screen
 from orchestration.settings import Settings
 
 
@@ -19,13 +19,17 @@ def search(settings: Settings, question: str, k: int, mode: str) -> list[dict[st
 
     from embedder.encode import Embedder
 
-    with open_warehouse(settings).connect("search") as connection, connection.cursor(row_factory=dict_row) as cursor:
+    with (
+        open_warehouse(settings).connect("search") as connection,
+        connection.cursor(row_factory=dict_row) as cursor,
+    ):
         row = cursor.execute("select to_regclass('retrieval.live') is not null as ready").fetchone()
         if row is None or not row["ready"]:
             return []
         vector = Embedder.open(settings.embedding_model).encode([question])[0]
         return cursor.execute(
-            "select * from retrieval.search(%s, %s::halfvec, %s, %s)", [question, str(vector.tolist()), k, mode]
+            "select * from retrieval.search(%s, %s::halfvec, %s, %s)",
+            [question, str(vector.tolist()), k, mode],
         ).fetchall()
 
 
@@ -37,6 +41,8 @@ def show_search(settings: Settings, screen: Screen, question: str, k: int, mode:
         return False
     for place, passage in enumerate(passages, start=1):
         screen.title(f"{place}. {passage['title']}")
-        screen.console.print(f"   {passage['document_id']}  score {passage['score']:.4f}", style="dim", markup=False)
+        screen.console.print(
+            f"   {passage['document_id']}  score {passage['score']:.4f}", style="dim", markup=False
+        )
         screen.console.print(passage["body"].strip(), markup=False)
     return True

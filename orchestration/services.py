@@ -14,25 +14,18 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import httpx
 
-from orchestration.prepare import Prepared
-from orchestration.settings import Settings
+from orchestration.settings import OPT_OUTS, Settings
+
+if TYPE_CHECKING:
+    from orchestration.prepare import Prepared
 
 HOST = "127.0.0.1"
 FEEDBACK_PORT = 8787
 DAGSTER_PORT = 3000
-
-# Nothing leaves the machine: every opt-out our libraries know.
-OPT_OUTS = {
-    "DO_NOT_TRACK": "1",
-    "DAGSTER_DISABLE_TELEMETRY": "1",
-    "DBT_SEND_ANONYMOUS_USAGE_STATS": "false",
-    "GX_ANALYTICS_ENABLED": "false",
-    "HF_HUB_OFFLINE": "1",
-}
-
 
 class ServiceError(Exception):
     """A child process did not start; the message says which and where its log is."""
@@ -70,7 +63,7 @@ def start_feedback(settings: Settings, prepared: Prepared, port: int) -> subproc
         {
             **environment(settings, prepared),
             "DATABASE_URL": prepared.warehouse.database.url,
-            "DATAMOAT_PSEUDONYM_KEY_FILE": str(settings.folder / "secrets" / "pseudonym.key"),
+            "DATAMOAT_PSEUDONYM_KEY_FILE": str(settings.pseudonym_key_file),
         },
     )
 

@@ -14,6 +14,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 
+# Nothing leaves the machine: every opt-out our libraries know.
+OPT_OUTS = {
+    "DO_NOT_TRACK": "1",
+    "DAGSTER_DISABLE_TELEMETRY": "1",
+    "DBT_SEND_ANONYMOUS_USAGE_STATS": "false",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
 class SettingsError(Exception):
     """An environment variable has a value Datamoat cannot use; the message names it and the remedy."""
 
@@ -72,6 +82,16 @@ class Settings:
     def folder(self) -> Path:
         """Everything of this deployment that is not in Postgres."""
         return self.home / self.deployment
+
+    @property
+    def pseudonym_key_file(self) -> Path:
+        """Key of the pseudonyms that stand for persons."""
+        return self.folder / "secrets" / "pseudonym.key"
+
+    @property
+    def api_key_file(self) -> Path:
+        """The feedback service's key for this deployment's own loaders."""
+        return self.folder / "secrets" / "api.key"
 
     @property
     def lake(self) -> Path:

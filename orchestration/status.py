@@ -1,21 +1,17 @@
-"""``moat status`` and ``moat sql``: looking at a deployment without changing it.
+"""``moat status``: looking at a deployment without changing it.
 
 Belongs here: read-only views for the terminal. Does not belong here: starting a server that is not there.
 """
 
 from __future__ import annotations
 
-import psycopg
-from rich.table import Table
+import json
 
-from orchestration.console import Screen
+from orchestration.deployment import open_warehouse
 from orchestration.report import show
-from orchestration.resources import open_warehouse
-from orchestration.run import read_json
+from orchestration.screen import Screen
 from orchestration.settings import Settings
 from storage import embedded
-
-ANALYST = "datamoat_analyst"
 
 
 def show_status(settings: Settings, screen: Screen) -> None:
@@ -26,28 +22,9 @@ def show_status(settings: Settings, screen: Screen) -> None:
         screen.line("embedded Postgres", str(state))
     else:
         screen.line("database", open_warehouse(settings).database.place)
-    report = read_json(settings.report)
-    if report is None:
+    if not settings.report.exists():
         screen.line("last run", "none yet: make run")
         return
+    report = json.loads(settings.report.read_text("utf-8"))
     screen.line("last run", f"{report['created_at']}, example {report['example']}")
     show(screen, report)
-
-
-def show_query(settings: Settings, screen: Screen, query: str) -> bool:
-    """Print the rows of ``query``, run as the analyst role in a read-only transaction; whether it worked."""
-    database = open_warehouse(settings).database
-    with database.connect(role=ANALYST, application_name="moat sql") as connection:
-        connection.read_only = True
-        try:
-            cursor = connection.execute(query.encode())
-        except psycopg.Error as error:
-            screen.line("error", str(error).strip(), style="red")
-            return False
-        if cursor.description is None:
-            return True
-        table = Table(*(column.name for column in cursor.description), box=None, pad_edge=False)
-        for row in cursor:
-            table.add_row(*("" if value is None else str(value) for value in row))
-        screen.console.print(table)
-    return True

@@ -107,7 +107,9 @@ def copy_vectors(
     step = max(1, min(ROWS, BYTES // layout.itemsize))
     for start in range(0, len(vectors), step):
         if not (np.abs(vectors[start : start + step]) <= largest).all():
-            raise ValueError(f"a vector holds a value that {type} cannot: NaN, infinite or beyond {largest:g}")
+            raise ValueError(
+                f"a vector holds a value that {type} cannot: NaN, infinite or beyond {largest:g}"
+            )
 
     def blocks() -> Any:
         for start in range(0, len(hashes), step):

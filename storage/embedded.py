@@ -243,13 +243,16 @@ def stop(home: Path, *, force: bool = False) -> bool:
     """
     with _explained(home):
         cluster = _cluster(home)
-        if not _is_supervised(cluster):
-            return _stop_unsupervised(cluster)
+        if not _is_supervised(cluster) and _probe(cluster)[0] is None:
+            return False
         if not force and _is_used(cluster):
             raise EmbeddedPostgresError(
                 f"The embedded Postgres in {cluster.root} is in use. End the processes that use it (it then stops by "
                 "itself), or force the stop."
             )
+        if not _is_supervised(cluster):
+            _stop_unsupervised(cluster)
+            return True
         first = 0
         while _is_supervised(cluster):
             # The holder of the lock wrote it, so while the lock is held it is not some other process.
@@ -263,15 +266,13 @@ def stop(home: Path, *, force: bool = False) -> bool:
         return True
 
 
-def _stop_unsupervised(cluster: Cluster) -> bool:
-    """Stop a server whose supervisor was killed; only one that proves to be ours."""
+def _stop_unsupervised(cluster: Cluster) -> None:
+    """Stop a server, proved to be ours, whose supervisor was killed."""
     postmaster = supervisor.read_postmaster(cluster)
-    if postmaster is None or _probe(cluster)[0] is None:
-        return False
-    _signal(cluster, postmaster.pid, signal.SIGINT)
-    while (left := supervisor.read_postmaster(cluster)) is not None and left.pid == postmaster.pid:
-        time.sleep(0.02)
-    return True
+    if postmaster is not None:
+        _signal(cluster, postmaster.pid, signal.SIGINT)
+        while (left := supervisor.read_postmaster(cluster)) is not None and left.pid == postmaster.pid:
+            time.sleep(0.02)
 
 
 def _signal(cluster: Cluster, pid: int, number: signal.Signals) -> None:

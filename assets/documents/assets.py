@@ -5,7 +5,6 @@ Belongs here: wiring. Parsing, redacting and chunking are in parse.py, redact.py
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import dagster as dg
 

@@ -5,7 +5,6 @@ Belongs here: wiring. Reading, validating and landing are in contract.py, read.p
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
 
 import dagster as dg
 

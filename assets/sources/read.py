@@ -39,6 +39,9 @@ MAX_ROW_BYTES = 16 * 1024 * 1024
 MAX_DOCUMENT_BYTES = 64 * 1024 * 1024
 KEPT_OF_LONG_LINE = 64 * 1024
 PARQUET_ROWS = 8_192
+GZIP_MAGIC = b"\x1f\x8b"
+# In JSON text: a NUL character, and not a backslash followed by the letters u0000.
+NUL_ESCAPE = r"(?:^|[^\\])(?:\\\\)*\\u0000"
 
 JSON = pa.json_(pa.string())
 ARROW_TYPES = {
@@ -275,17 +278,25 @@ def _check_same(file: SourceFile) -> None:
 
 def _decompressed(file: SourceFile) -> Iterator[bytes]:
     compressed = file.name.endswith(".gz")
-    started = False
+    left = file.size
     try:
-        with gzip.open(file.path, "rb") if compressed else file.path.open("rb") as stream:
-            while block := stream.read(BLOCK_BYTES):
-                started = True
-                yield block
+        with file.path.open("rb") as plain:
+            if compressed and plain.read(2) != GZIP_MAGIC:
+                raise FileRefused(
+                    file.name,
+                    "unreadable_file",
+                    "it is not gzip data",
+                    "Compress it, or drop .gz from its name.",
+                )
+            plain.seek(0)
+            with gzip.open(plain, "rb") if compressed else plain as stream:
+                while block := stream.read(BLOCK_BYTES):
+                    left -= len(block)
+                    # A file that is being appended to must not be read for ever.
+                    if left < 0 and not compressed:
+                        _changed(file)
+                    yield block
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        if isinstance(error, gzip.BadGzipFile) and not started:
-            raise FileRefused(
-                file.name, "unreadable_file", "it is not gzip data", "Compress it, or drop .gz from its name."
-            ) from error
         reason = "the gzip data ends early" if isinstance(error, EOFError) else f"damaged gzip data: {error}"
         raise FileRefused(file.name, "broken_file", reason, "Deliver the file again.") from error
     except OSError as error:
@@ -986,7 +997,7 @@ def _parquet_batch(contract: Contract, file: SourceFile, batch: pa.RecordBatch, 
             array = array.dictionary_decode()
         if pa.types.is_nested(array.type):
             texts = pa.array([_json_text(_jsonable(value)) for value in array.to_pylist()], pa.string())
-            refuse(pc.match_substring(texts, "\\u0000"), _nul)
+            refuse(pc.match_substring_regex(texts, NUL_ESCAPE), _nul)
             array = pa.ExtensionArray.from_storage(JSON, texts)
         elif _is_text(array.type) or pa.types.is_null(array.type):
             array = array.cast(pa.string())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -20,7 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from assets.sources.contract import Column, Contract
-from assets.sources.read import ARROW_TYPES, JSON, Batch, RefusedRow
+from assets.sources.read import ARROW_TYPES, JSON, NUL_ESCAPE, Batch, RefusedRow
 
 INTEGER = r"^[+-]?[0-9]+$"
 NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
@@ -346,14 +347,14 @@ def _json(raw: pa.Array, kind: type) -> pa.Array:
         canonical = (
             orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode() if isinstance(value, kind) else None
         )
-        texts.append(None if canonical is None or "\\u0000" in canonical else canonical)
+        texts.append(None if canonical is None or re.search(NUL_ESCAPE, canonical) else canonical)
     return pa.ExtensionArray.from_storage(JSON, pa.array(texts, pa.string()))
 
 
 def quarantine_json(row: Mapping[str, Any]) -> str:
     """``row`` as text that jsonb takes; where it cannot, the exact bytes in base64 beside a readable form."""
     text = orjson.dumps(row, option=orjson.OPT_SORT_KEYS).decode()
-    if "\\u0000" not in text:
+    if not re.search(NUL_ESCAPE, text):
         return text
     return orjson.dumps(
         {

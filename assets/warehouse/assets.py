@@ -91,7 +91,8 @@ def _family_assets(
         # One dbt command for any range of days: dbt itself walks the daily batches.
         backfill_policy=dg.BackfillPolicy.single_run() if days else None,
         dagster_dbt_translator=Translator(),
-        pool="warehouse",
+        # Two dbt commands at once can collide when they swap tables.
+        pool="dbt",
     )
     def models(
         context: dg.AssetExecutionContext,

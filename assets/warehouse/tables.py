@@ -20,9 +20,9 @@ def shared_tables(contracts: Sequence[Contract]) -> list[dg.AssetSpec]:
     documents = [dg.AssetKey(["documents", name]) for name in texts]
     chunks = [dg.AssetKey(["chunks", name]) for name in texts]
     return [
-        _table("registry", "source_file", "sources", raw, "One row per source file as last landed."),
-        _table("quarantine", "row", "sources", raw, "One row per refused source row, with rule and remedy."),
-        _table("quarantine", "file", "sources", [*raw, *documents], "One row per refused file and rule."),
+        _table("registry", "source_file", "quality", raw, "One row per source file as last landed."),
+        _table("quarantine", "row", "quality", raw, "One row per refused source row, with rule and remedy."),
+        _table("quarantine", "file", "quality", [*raw, *documents], "One row per refused file and rule."),
         _table("corpus", "document", "documents", documents, "One row per document: its redacted text."),
         _table("corpus", "chunk", "documents", chunks, "One row per chunk of any document."),
     ]

@@ -69,7 +69,9 @@ class Cluster:
             # Two copies of one template at once refuse each other.
             conn.execute("select pg_advisory_lock(hashtext(%s))", [template])
             conn.execute(
-                sql.SQL("create database {} template {}").format(sql.Identifier(name), sql.Identifier(template))
+                sql.SQL("create database {} template {}").format(
+                    sql.Identifier(name), sql.Identifier(template)
+                )
             )
         return self.url(name)
 

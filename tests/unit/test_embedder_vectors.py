@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -251,10 +252,10 @@ def test_bf16_is_chosen_only_where_the_cpu_multiplies_it(
         cpuinfo.write_text(f"processor : 0\nflags\t\t: {flags}\n")
         found = openvino_engine._cpu_flags(cpuinfo)
         monkeypatch.setattr(openvino_engine, "_cpu_flags", lambda _path, found=found: found)
-        monkeypatch.setattr(openvino_engine.platform, "system", lambda: "Linux")
+        monkeypatch.setattr(platform, "system", lambda: "Linux")
         assert fast_precision() == wanted
         monkeypatch.undo()
-    monkeypatch.setattr(openvino_engine.platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
     assert fast_precision() == "f32"
 
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from feedback.ids import ensure_pseudonym_key, pseudonym, read_pseudonym_key, uuid7
+from feedback.ids import pseudonym, uuid7
+from feedback.secret import ensure_secret, read_secret
 
 MILLISECONDS = st.integers(0, (1 << 48) - 1)
 
@@ -53,7 +54,7 @@ def test_pseudonym_depends_on_key_app_and_person() -> None:
 def test_the_key_file_is_made_once_and_private(tmp_path: Path) -> None:
     path = tmp_path / "state" / "pseudonym.key"
     with ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda _: ensure_pseudonym_key(path), range(8)))
+        made = list(pool.map(lambda _: ensure_secret(path), range(8)))
     assert len({key for key, _ in made}) == 1
     assert [created for _, created in made].count(True) == 1
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -64,4 +65,4 @@ def test_a_short_key_is_refused_with_the_remedy(tmp_path: Path) -> None:
     path = tmp_path / "pseudonym.key"
     path.write_text("short\n")
     with pytest.raises(ValueError, match=r"pseudonym\.key.*backup"):
-        read_pseudonym_key(path)
+        read_secret(path)

@@ -406,7 +406,7 @@ def test_damaged_gzip_is_refused(tmp_path: Path, damage: Any, rule: str) -> None
 
 def test_directory_with_a_file_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.csv").mkdir()
-    with pytest.raises(FileRefused, match="unreadable_file.*a directory"):
+    with pytest.raises(FileRefused, match=r"unreadable_file.*a directory"):
         fingerprint(contract_for(tmp_path, "csv"), "x.csv", tmp_path / "x.csv")
 
 
@@ -439,8 +439,21 @@ def test_file_that_changes_while_read_is_refused(tmp_path: Path) -> None:
     file = fingerprint(contract, "x.csv", path)
     with pytest.raises(FileRefused, match="file_changed"):
         for _ in read_rows(contract, file):
+            path.write_text("id,name,note\n1,a,c\n")
+
+
+def test_file_that_grows_while_read_is_not_read_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "BLOCK_BYTES", 20)
+    path = tmp_path / "x.csv"
+    path.write_text("id,name,note\n1,a,b\n")
+    contract = contract_for(tmp_path, "csv")
+    file = fingerprint(contract, "x.csv", path)
+    with pytest.raises(FileRefused, match="file_changed"):
+        for _ in read_rows(contract, file):
             with path.open("a") as stream:
-                stream.write("2,a,b\n")
+                stream.write("2,a,b\n" * 10)
 
 
 def test_files_are_found_below_the_folder_hidden_ones_apart(tmp_path: Path) -> None:

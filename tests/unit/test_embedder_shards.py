@@ -1,0 +1,216 @@
+"""Plans and shards: nothing embedded twice, nothing lost, and a kill changes no byte."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedder import protocol, shards
+from embedder.protocol import EmbedderError, read_fingerprint, read_vectors
+from embedder.shards import Plan, Shard, distinct_rows, locked, make_plan, shard_id
+
+FINGERPRINT = {"model_sha256": "m", "dimensions": 4}
+OTHER = {"model_sha256": "other", "dimensions": 4}
+
+keys_lists = st.lists(st.sampled_from([f"key{i}" for i in range(30)]), max_size=40)
+
+
+def as_column(keys: list[str]) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(keys, pa.string())])
+
+
+def vector(key: str) -> npt.NDArray[np.float32]:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big")
+    return np.random.default_rng(seed).normal(size=4).astype(np.float32)
+
+
+def plan_of(folder: Path, keys: list[str], size: int = 4) -> Plan:
+    return make_plan(folder, FINGERPRINT, as_column(keys), shard_size=size)
+
+
+def write(folder: Path, shard: Shard, failures: dict[str, str] | None = None) -> None:
+    failures = failures or {}
+    good = [vector(key) for key in shard.keys if key not in failures]
+    vectors = np.stack(good) if good else np.zeros((0, 4), np.float32)
+    shards.write_shard(folder, shard, vectors, failures, fingerprint=FINGERPRINT, engine="fake", dtype="f32")
+
+
+def work(folder: Path, keys: list[str], *, killed_after: int | None = None) -> int:
+    """One run; returns the number of keys embedded. A killed one stops without ending its plan."""
+    with locked(folder):
+        plan = plan_of(folder, keys)
+        missing = [shard for shard in plan.shards if shard.shard_id not in plan.finished]
+        for shard in missing[:killed_after]:
+            write(folder, shard)
+        if killed_after is None or killed_after > len(missing):
+            shards.end_plan(folder)
+        return sum(len(shard.keys) for shard in missing[:killed_after])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in protocol.shard_paths(folder)}
+
+
+@given(keys_lists)
+def test_distinct_keys_keep_the_order_and_place_they_are_first_seen_at(keys: list[str]) -> None:
+    distinct, rows = distinct_rows(as_column(keys))
+    assert distinct.to_pylist() == list(dict.fromkeys(keys))
+    assert rows.tolist() == [keys.index(key) for key in dict.fromkeys(keys)]
+
+
+def test_distinct_rows_are_found_across_the_pieces_of_a_column() -> None:
+    column = pa.chunked_array([pa.array(["b", "a"]), pa.array(["a", "c"])])
+    distinct, rows = distinct_rows(column)
+    assert (distinct.to_pylist(), rows.tolist()) == (["b", "a", "c"], [0, 1, 3])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.tuples(keys_lists, st.none() | st.integers(0, 5)), min_size=1, max_size=5))
+def test_whatever_inputs_and_kills_follow_each_other_no_key_is_twice_and_none_is_lost(
+    runs: list[tuple[list[str], int | None]],
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for keys, killed_after in runs:
+            work(folder, keys, killed_after=killed_after)
+            found, vectors = read_vectors(folder)
+            assert len(found) == len(set(found))
+            assert all((vectors[i] == vector(key)).all() for i, key in enumerate(found))
+            if killed_after is None:
+                assert set(keys) <= set(found)
+        last = runs[-1][0]
+        work(folder, last)
+        assert work(folder, last) == 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(keys_lists, keys_lists, st.lists(st.integers(0, 3), min_size=1, max_size=3))
+def test_a_killed_and_resumed_run_leaves_the_files_of_an_uninterrupted_one(
+    before: list[str], keys: list[str], kills: list[int]
+) -> None:
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        for folder in (Path(one), Path(two)):
+            work(folder, before)
+        work(Path(one), keys)
+        for killed_after in kills:
+            work(Path(two), keys, killed_after=killed_after)
+        work(Path(two), keys)
+        assert contents(Path(one)) == contents(Path(two))
+        assert not (Path(two) / protocol.PLAN_FILE).exists()
+
+
+def test_one_changed_text_is_one_key_to_embed(tmp_path: Path) -> None:
+    keys = [f"k{i}" for i in range(10)]
+    assert work(tmp_path, keys) == 10
+    assert work(tmp_path, [*keys[:4], "changed", *keys[5:]]) == 1
+
+
+def test_vectors_of_another_model_do_not_count_as_present(tmp_path: Path) -> None:
+    work(tmp_path, ["a", "b"])
+    with locked(tmp_path):
+        plan = make_plan(tmp_path, OTHER, as_column(["a", "b"]))
+    assert [shard.keys for shard in plan.shards] == [["a", "b"]]
+    assert shard_id(OTHER, ["a", "b"]) != shard_id(FINGERPRINT, ["a", "b"])
+
+
+def test_a_shard_is_named_by_its_keys_and_their_order() -> None:
+    assert shard_id(FINGERPRINT, ["a", "b"]) != shard_id(FINGERPRINT, ["b", "a"])
+    assert shard_id(FINGERPRINT, ["a", "b"]) != shard_id(FINGERPRINT, ["ab"])
+
+
+def test_a_live_run_keeps_others_out_and_a_dead_ones_leftovers_go(tmp_path: Path) -> None:
+    (tmp_path / ".0123.parquet.77.tmp").write_bytes(b"half")
+    with locked(tmp_path):
+        assert not list(tmp_path.glob("*.tmp"))
+        with pytest.raises(EmbedderError, match="another embedding run"), locked(tmp_path):
+            pass
+    with locked(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EmbedderError, match="cannot be written to"), locked(tmp_path / "file"):
+        pass
+
+
+def test_a_broken_shard_is_moved_aside_and_made_again(tmp_path: Path) -> None:
+    work(tmp_path, ["a", "b"])
+    good = contents(tmp_path)
+    (broken,) = protocol.shard_paths(tmp_path)
+    broken.write_bytes(b"PAR1 half a file")
+    said: list[str] = []
+    with locked(tmp_path):
+        plan = make_plan(tmp_path, FINGERPRINT, as_column(["a", "b"]), say=said.append)
+        for shard in plan.shards:
+            write(tmp_path, shard)
+    assert contents(tmp_path) == good
+    assert len(said) == 1 and "moved aside" in said[0]
+    assert broken.with_suffix(".unreadable").exists()
+
+
+def test_a_shard_says_how_it_was_made_and_what_failed(tmp_path: Path) -> None:
+    shard = Shard(shard_id(FINGERPRINT, ["a", "b"]), ["a", "b"], np.array([0, 1]))
+    write(tmp_path, shard, {"a": "text is empty"})
+    (path,) = protocol.shard_paths(tmp_path)
+    schema = pq.read_schema(path)
+    assert schema.field("vector").type == pa.list_(pa.float32(), 4)
+    assert schema.field("content_hash").type == pa.string()
+    assert protocol.shard_metadata(path)[protocol.META_ENGINE] == b"fake"
+    assert protocol.shard_metadata(path)[protocol.META_DTYPE] == b"f32"
+    assert shards.shard_failures(tmp_path, shard) == {"a": "text is empty"}
+    assert read_vectors(tmp_path)[0] == ["b"]
+
+
+def test_a_shard_without_any_vector_is_not_written(tmp_path: Path) -> None:
+    write(tmp_path, Shard("0" * 32, ["a"], np.array([0])), {"a": "text is empty"})
+    assert not protocol.shard_paths(tmp_path)
+
+
+def test_reading_gives_the_wanted_hashes_in_the_wanted_order(tmp_path: Path) -> None:
+    keys = [f"k{i}" for i in range(11)]
+    work(tmp_path, keys)
+    found, vectors = read_vectors(tmp_path, ["k7", "absent", "k0", "k10"])
+    assert found == ["k7", "k0", "k10"]
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, np.stack([vector(key) for key in found]))
+    everything, matrix = read_vectors(tmp_path)
+    assert sorted(everything) == sorted(keys) and matrix.shape == (11, 4)
+
+
+def test_reading_an_empty_or_absent_folder_gives_nothing(tmp_path: Path) -> None:
+    for folder in (tmp_path, tmp_path / "absent"):
+        found, vectors = read_vectors(folder)
+        assert (found, vectors.shape) == ([], (0, 0))
+        assert read_fingerprint(folder) is None
+
+
+def test_vectors_of_two_releases_are_never_mixed(tmp_path: Path) -> None:
+    work(tmp_path, ["a"])
+    assert read_fingerprint(tmp_path) == FINGERPRINT
+    shard = Shard(shard_id(OTHER, ["a"]), ["a"], np.array([0]))
+    flipped: Any = -vector("a")[None]
+    shards.write_shard(tmp_path, shard, flipped, {}, fingerprint=OTHER, engine="fake", dtype="f32")
+    with pytest.raises(EmbedderError, match="several releases"):
+        read_vectors(tmp_path)
+    from embedder.model import release_id
+
+    found, vectors = read_vectors(tmp_path, release=release_id(OTHER))
+    assert found == ["a"]
+    np.testing.assert_array_equal(vectors, flipped)
+
+
+def test_a_foreign_file_under_a_shards_name_is_reported(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"x": [1]}), tmp_path / f"{'a' * 32}.parquet")
+    with pytest.raises(EmbedderError, match="no embedding fingerprint"):
+        read_vectors(tmp_path)
