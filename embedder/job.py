@@ -131,7 +131,16 @@ def run(
     fingerprint = model.fingerprint()
     keys = read_keys(input_file)
     summary = Summary(model.release(), fingerprint, chunks=len(keys))
-    with shards.locked(output):
+    told = False
+
+    def waiting() -> None:
+        nonlocal told
+        _check_stop(stop)
+        if not told:
+            say(f"another embedding run is writing to {output}: waiting for it to end")
+            told = True
+
+    with shards.locked(output, waiting):
         plan = shards.make_plan(output, fingerprint, keys, shard_size=shard_size, say=say)
         failures = _embed(input_file, output, plan, embedder, too_long, progress, stop, summary)
         shards.write_failures(output, failures)

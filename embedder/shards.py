@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +59,12 @@ class Plan:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Create the folder and keep other runs out of it; the lock ends with the process, however it ends.
 
-    Also removes the temporary files of dead runs. Raises EmbedderError when a live run holds the folder.
+    While a live run holds the folder, `waiting` is called every half second; what it raises ends the wait.
+    (The launcher of that run may be dead: what it still embeds is work that need not be done again.)
+    Also removes the temporary files of dead runs. Raises EmbedderError when the folder cannot be written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,12 +74,14 @@ def locked(folder: Path) -> Iterator[None]:
             f"{folder} cannot be written to ({error.strerror}); name another --output folder"
         ) from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise EmbedderError(
-                f"another embedding run is writing to {folder}; wait for it to end, or use another folder"
-            ) from error
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                waiting()
+                time.sleep(0.5)
+            else:
+                break
         for path in folder.glob(".*.tmp"):
             path.unlink()
         yield

@@ -92,7 +92,7 @@ interaction = sa.Table(
     sa.Column("metadata", pg.JSONB),
     *_arrival(),
     sa.Index(None, "xact_id"),
-    sa.Index(None, "occurred_at"),
+    sa.Index("interaction_effective_at_idx", sa.text("least(occurred_at, received_at)")),
 )
 
 feedback_event = sa.Table(
@@ -130,5 +130,5 @@ feedback_event = sa.Table(
     sa.Index(None, "xact_id"),
     sa.Index(None, "interaction_id"),
     sa.Index(None, "feedback_id"),
-    sa.Index(None, "occurred_at"),
+    sa.Index("feedback_event_effective_at_idx", sa.text("least(occurred_at, received_at)")),
 )

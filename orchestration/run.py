@@ -205,6 +205,8 @@ def end_orphaned_runs(instance: dg.DagsterInstance) -> list[str]:
         host, _, process = run.tags.get(OWNER_TAG, "").rpartition(":")
         if host == socket.gethostname() and not _is_alive(int(process)):
             instance.report_run_failed(run, "the process that executed this run was killed")
+            # Its claims on pools outlive it, and the next run would wait for them for ever.
+            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
             ended.append(run.run_id)
     return ended
 

@@ -1,5 +1,6 @@
 """Sources: contracts in, typed raw rows out, whatever breaks its promise into quarantine.
 
-``contract`` reads what is promised, ``read`` turns files into batches, ``rows`` decides which rows keep the
-promise and ``land`` writes. Does not belong here: parsing documents, redaction, anything after ``raw``.
+``contract`` reads what is promised. ``read`` finds files and reads them by ``lines``, ``csv_file``, ``jsonl`` or
+``parquet`` into the types of ``batch``. ``rows`` decides which rows keep the promise, ``land`` writes. Does not
+belong here: parsing documents, redaction, anything after ``raw``.
 """

@@ -414,7 +414,7 @@ class _Builder:
     def encoding(self, server: odcs.Server | None) -> str:
         name = (server.encoding if server else None) or "utf-8"
         try:
-            b"".decode(name)
+            b"a".decode(name)
         except (LookupError, ValueError):
             self.error(
                 "unknown_encoding", f"encoding is {name!r}", "Use a name Python knows, such as cp1252."

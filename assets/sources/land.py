@@ -16,17 +16,9 @@ import pyarrow as pa
 from psycopg import Connection, Cursor, sql
 
 from assets.progress import Progress
+from assets.sources.batch import ARROW_TYPES, FileRefused, RefusedRow, SourceFile
 from assets.sources.contract import Contract
-from assets.sources.read import (
-    ARROW_TYPES,
-    FileRefused,
-    RefusedRow,
-    SourceFile,
-    find_files,
-    fingerprint,
-    read_document,
-    read_rows,
-)
+from assets.sources.read import find_files, fingerprint, read_document, read_rows
 from assets.sources.rows import check_rows, quarantine_json
 from storage.copy import JSON, copy_table, postgres_type
 

@@ -20,8 +20,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from assets.sources.batch import ARROW_TYPES, JSON, NUL_ESCAPE, Batch, RefusedRow
 from assets.sources.contract import Column, Contract
-from assets.sources.read import ARROW_TYPES, JSON, NUL_ESCAPE, Batch, RefusedRow
+from assets.sources.jsonl import json_text
 
 INTEGER = r"^[+-]?[0-9]+$"
 NUMBER = r"^[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?$"
@@ -305,7 +306,7 @@ def _or_none(python: Callable[[str], Any], value: str | None) -> Any:
         return None
     try:
         return python(value)
-    except (ValueError, OverflowError):
+    except (ValueError, OverflowError, orjson.JSONEncodeError):
         return None
 
 
@@ -341,13 +342,12 @@ def _where_years(values: pa.Array) -> pa.Array:
 
 
 def _json(raw: pa.Array, kind: type) -> pa.Array:
-    texts: list[str | None] = []
-    for text in raw.to_pylist():
-        value = _or_none(orjson.loads, text)
-        canonical = (
-            orjson.dumps(value, option=orjson.OPT_SORT_KEYS).decode() if isinstance(value, kind) else None
-        )
-        texts.append(None if canonical is None or re.search(NUL_ESCAPE, canonical) else canonical)
+    def canonical(text: str) -> str | None:
+        value = orjson.loads(text)
+        found = json_text(value) if isinstance(value, kind) else None
+        return None if found is None or re.search(NUL_ESCAPE, found) else found
+
+    texts = [_or_none(canonical, text) for text in raw.to_pylist()]
     return pa.ExtensionArray.from_storage(JSON, pa.array(texts, pa.string()))
 
 

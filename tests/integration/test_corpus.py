@@ -378,32 +378,24 @@ def test_texts_are_redacted_once_per_policy(conn: Connection, monkeypatch: pytes
     conn.commit()
 
 
-@pytest.fixture
-def feedback(conn: Connection) -> Iterator[None]:
-    """The columns of the feedback log that hold text, unless the log itself is there."""
-    conn.rollback()
-    exists = conn.execute("select to_regclass('feedback.interaction')").fetchone()
-    if exists is not None and exists[0] is not None:
-        pytest.skip("this database has the real feedback log, which this test must not fill")
-    conn.execute("create schema if not exists feedback")
-    conn.execute("create table feedback.interaction (messages jsonb, output text)")
-    conn.execute("create table feedback.feedback_event (explanation text, correction text)")
-    conn.commit()
-    yield
-    conn.rollback()
-    conn.execute("drop table feedback.interaction, feedback.feedback_event")
-    conn.commit()
-
-
-@pytest.mark.usefixtures("feedback")
 def test_feedback_texts_are_those_not_redacted_yet(conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(corpus, "FEEDBACK_TEXTS", 2)
     monkeypatch.setattr(redact, "BATCH_TEXTS", 1)
     redactor = Redactor(uuid.uuid4().bytes)
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Call 030 12345678"}]
-    conn.execute("insert into feedback.interaction values (%s, 'Sure.')", [json.dumps(messages)])
-    conn.execute("insert into feedback.interaction values (%s, null)", [json.dumps(messages)])
-    conn.execute("insert into feedback.feedback_event values ('why', 'better'), (null, null)")
+    interaction = (
+        "insert into feedback.interaction (interaction_id, app, messages, output, occurred_at, body_sha256)"
+        " values (%s, 'app', %s, %s, now(), '')"
+    )
+    conn.execute(interaction, ["i-1", json.dumps(messages), "Sure."])
+    conn.execute(interaction, ["i-2", json.dumps(messages), None])
+    event = (
+        "insert into feedback.feedback_event (event_id, feedback_id, op, revision, kind, explanation, correction,"
+        " annotator_kind, occurred_at, body_sha256)"
+        " values (gen_random_uuid(), gen_random_uuid(), 'create', 1, 'correction', %s, %s, 'HUMAN', now(), '')"
+    )
+    conn.execute(event, ["why", "better"])
+    conn.execute(event, [None, None])
     conn.commit()
     assert sorted(feedback_texts(conn, redactor.policy)) == [
         "Be kind.",

@@ -18,11 +18,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from assets.sources import read
+from assets.sources import lines
+from assets.sources.batch import KEPT_OF_LONG_LINE, Batch, FileRefused
 from assets.sources.contract import Column, Contract
 from assets.sources.read import (
-    Batch,
-    FileRefused,
+    MAX_DOCUMENT_BYTES,
     find_files,
     fingerprint,
     list_files,
@@ -192,7 +192,7 @@ def test_header_alone_is_a_file_without_rows(tmp_path: Path) -> None:
 
 
 def test_wrong_encoding_names_the_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(read, "BLOCK_BYTES", 16)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 16)
     content = "id,name,note\n1,é,b\n2,Käse,b\n".encode()
     broken = content.replace("ä".encode(), b"\xe4")
     problem = refused_file(tmp_path, broken)
@@ -215,7 +215,7 @@ def test_csv_reads_what_the_standard_library_writes(
     writer.writerow(["id", "name", "note"])
     writer.writerows(rows)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read, "BLOCK_BYTES", block)
+        patch.setattr(lines, "BLOCK_BYTES", block)
         found = batches(tmp_path_factory.mktemp("csv"), text.getvalue().encode())
     assert refusals_of(found) == []
     assert [tuple(row.values()) for _, row in rows_of(found)] == [
@@ -230,16 +230,16 @@ def test_csv_loses_no_character_of_any_file(
 ) -> None:
     """Each line lies in exactly one row or refused row, in whatever way quotes are wrong."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read, "BLOCK_BYTES", block)
+        patch.setattr(lines, "BLOCK_BYTES", block)
         found = batches(tmp_path_factory.mktemp("csv"), b"id,name,note\n" + body.encode())
-    lines = f"id,name,note\n{body}".split("\n")
+    text_lines = f"id,name,note\n{body}".split("\n")
     refused = {row.number: str(row.row["_raw"]) for batch in found for row in batch.refused}
     landed = dict(rows_of(found))
     starts = sorted([*refused, *landed])
     assert len(starts) == len(set(starts)) == len(refused) + len(landed)
-    assert not "".join(lines[1 : starts[0] - 1 if starts else None]).strip("\r")
-    for start, following in zip(starts, [*starts[1:], len(lines) + 1], strict=False):
-        span = "\n".join(lines[start - 1 : following - 1])
+    assert not "".join(text_lines[1 : starts[0] - 1 if starts else None]).strip("\r")
+    for start, following in zip(starts, [*starts[1:], len(text_lines) + 1], strict=False):
+        span = "\n".join(text_lines[start - 1 : following - 1])
         if start in refused:
             assert refused[start].rstrip("\r\n") == span.rstrip("\r\n")
         else:
@@ -265,6 +265,7 @@ def test_jsonl_rows_are_typed_and_carry_their_line(tmp_path: Path) -> None:
         (b'{"id": NaN}', "bad_json"),
         (b'{"id": 1} {"id": 2}', "bad_json"),
         (b"[" * 100_000, "bad_json"),
+        (b'{"id": 1, "name": ' + b"[" * 900 + b"]" * 900 + b"}", "bad_json"),
         (b"[1]", "not_an_object"),
         (b'"text"', "not_an_object"),
         (b"null", "not_an_object"),
@@ -445,7 +446,7 @@ def test_file_that_changes_while_read_is_refused(tmp_path: Path) -> None:
 def test_file_that_grows_while_read_is_not_read_for_ever(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(read, "BLOCK_BYTES", 20)
+    monkeypatch.setattr(lines, "BLOCK_BYTES", 20)
     path = tmp_path / "x.csv"
     path.write_text("id,name,note\n1,a,b\n")
     contract = contract_for(tmp_path, "csv")
@@ -491,7 +492,7 @@ def test_document_is_its_bytes(tmp_path: Path) -> None:
 def test_document_over_the_limit_is_refused_unread(tmp_path: Path) -> None:
     path = tmp_path / "big.pdf"
     with path.open("wb") as stream:
-        stream.truncate(read.MAX_DOCUMENT_BYTES + 1)
+        stream.truncate(MAX_DOCUMENT_BYTES + 1)
     with pytest.raises(FileRefused, match="too_large"):
         fingerprint(contract_for(tmp_path, "documents", ()), "big.pdf", path)
 
@@ -535,7 +536,7 @@ def test_line_of_100_mb_is_refused_alone_in_bounded_memory(tmp_path: Path, form:
         cwd=Path(__file__).parents[2],
     )
     refused, summary = done.stdout.splitlines()
-    assert refused == f"3 line_too_long {read.KEPT_OF_LONG_LINE}"
+    assert refused == f"3 line_too_long {KEPT_OF_LONG_LINE}"
     rows, bad, megabytes = map(int, summary.split())
     assert (rows, bad) == (2 if form == "csv" else 3, 1)
     assert megabytes < 80

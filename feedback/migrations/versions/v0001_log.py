@@ -101,11 +101,15 @@ def upgrade() -> None:
         schema="feedback",
     )
     for table, columns in {
-        "interaction": ("xact_id", "occurred_at"),
-        "feedback_event": ("xact_id", "interaction_id", "feedback_id", "occurred_at"),
+        "interaction": ("xact_id",),
+        "feedback_event": ("xact_id", "interaction_id", "feedback_id"),
     }.items():
         for column in columns:
             op.create_index(f"{table}_{column}_idx", table, [column], schema="feedback")
+        # A day is read by effective time: a clock that runs ahead does not move an event into the future.
+        op.create_index(
+            f"{table}_effective_at_idx", table, [sa.text("least(occurred_at, received_at)")], schema="feedback"
+        )
 
     # The service may add rows and see whether an id is taken by the same body: it cannot read a text back, nor
     # change or remove what was said.
