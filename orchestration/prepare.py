@@ -24,6 +24,8 @@ from storage.database import Database, check
 from storage.lake import write_atomic
 from storage.warehouse import Warehouse
 
+STORAGE_URL = "DATAMOAT_DAGSTER_URL"
+
 # Two embedding jobs at once would share one device or the same cores; two dbt commands, one set of tables.
 POOL_LIMITS = {"gpu": 1, "dbt": 1, "warehouse": 4}
 
@@ -72,16 +74,17 @@ def prepare(settings: Settings, say: Callable[[str], None] = lambda _: None) -> 
     return Prepared(warehouse, dagster, migrations, api_key)
 
 
-def dagster_settings(storage_url: str, runs: Path) -> dict[str, Any]:
+def dagster_settings(runs: Path) -> dict[str, Any]:
     """The content of ``dagster.yaml``.
 
+    The URL of Dagster's database is taken from the environment: Dagster passes this content to its processes as
+    arguments, which anybody on the machine can read.
+
     Args:
-        storage_url: SQLAlchemy URL of Dagster's database, driver named (2.1 reads a bare ``postgresql://`` as
-            psycopg 3, which dagster-postgres does not use).
         runs: Folder for the logs of steps.
     """
     return {
-        "storage": {"postgres": {"postgres_url": storage_url}},
+        "storage": {"postgres": {"postgres_url": {"env": STORAGE_URL}}},
         "compute_logs": {
             "module": "dagster._core.storage.local_compute_log_manager",
             "class": "LocalComputeLogManager",
@@ -117,16 +120,14 @@ def dagster_settings(storage_url: str, runs: Path) -> dict[str, Any]:
 
 
 def write_dagster_yaml(settings: Settings, database: Database) -> None:
-    """Write ``dagster.yaml`` (it holds the database password: mode 0600) and set the pool limits."""
-    content = yaml.safe_dump(
-        dagster_settings(database.sqlalchemy_url("psycopg2"), settings.dagster_home / "storage"),
-        sort_keys=True,
-    )
+    """Write ``dagster.yaml``, name its database and folder in our environment, and set the pool limits."""
+    content = yaml.safe_dump(dagster_settings(settings.dagster_home / "storage"), sort_keys=True)
     path = settings.dagster_home / "dagster.yaml"
     if not path.exists() or path.read_text("utf-8") != content:
         write_atomic(path, content.encode())
-        path.chmod(0o600)
     os.environ["DAGSTER_HOME"] = str(settings.dagster_home)
+    # The driver is named, since SQLAlchemy 2.1 reads a bare postgresql:// as psycopg 3, which Dagster does not use.
+    os.environ[STORAGE_URL] = database.sqlalchemy_url("psycopg2")
     from dagster import DagsterInstance
 
     # Named limits live in the instance's database; the file can only give a default.

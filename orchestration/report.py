@@ -6,6 +6,7 @@ Belongs here: which figures, in what order. Does not belong here: computing them
 from __future__ import annotations
 
 import json
+import math
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from orchestration.run import Turn
 
 SCHEMA_VERSION = 1
+# Below this many ratings or questions a rate is not shown as one.
+MIN_N = 30
 
 _QUERIES = {
     "sources": """
@@ -72,9 +75,8 @@ _QUERIES = {
         from registry.evaluation order by name, mode, metric, created_at desc
     """,
     "approval": """
-        select app, model, prompt_version, sum(n_rated)::bigint as n_rated,
-          sum(thumbs_up)::bigint as thumbs_up, sum(thumbs_down)::bigint as thumbs_down
-        from marts.model_quality_daily group by app, model, prompt_version order by 1, 2, 3
+        select model, prompt_version, sum(n_rated)::bigint as n, sum(n_approved)::bigint as approved
+        from marts.model_quality_daily group by model, prompt_version having sum(n_rated) > 0 order by 1, 2
     """,
 }
 
@@ -89,11 +91,13 @@ def collect(
         connection.cursor(row_factory=dict_row) as cursor,
     ):
         for name, query in _QUERIES.items():
-            schema, _, table = "marts", "", "model_quality_daily"
-            if name == "approval" and not _exists(cursor, schema, table):
+            if name == "approval" and not _exists(cursor, "marts.model_quality_daily"):
                 figures[name] = []
                 continue
             figures[name] = cursor.execute(query).fetchall()
+        for row in figures["approval"]:
+            row["rate"] = row["approved"] / row["n"] if row["n"] >= MIN_N else None
+            row["low"], row["high"] = wilson(row["approved"], row["n"]) if row["n"] >= MIN_N else (None, None)
         vectors = 0
         for release in figures["releases"]:
             cursor.execute(
@@ -197,12 +201,15 @@ def show(screen: Screen, report: dict[str, Any]) -> None:
     for dataset in report["datasets"]:
         screen.line(f"dataset {dataset['dataset']}", f"{dataset['version'][:16]}  {dataset['rows']:,} rows")
     for figure in report["quality"]:
-        interval = (
-            f"[{figure['low']:.3f}, {figure['high']:.3f}]" if figure["low"] is not None else "not enough data"
-        )
         screen.line(
             f"{figure['name']} {figure['mode']} {figure['metric']}",
-            f"{figure['value']:.3f} {interval} n={figure['n']:,}",
+            f"{figure['value']:.3f} {_interval(figure)} n={figure['n']:,}",
+        )
+    for figure in report["approval"]:
+        rate = "" if figure["rate"] is None else f"{figure['rate']:.3f} "
+        screen.line(
+            f"approval of {figure['model']} prompt {figure['prompt_version']}",
+            f"{rate}{_interval(figure)} n={figure['n']:,}",
         )
     screen.title("Where things are")
     for name, place in report["places"].items():
@@ -227,6 +234,20 @@ def _short(text: str, limit: int = 90) -> str:
     return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def _exists(cursor: Any, schema: str, table: str) -> bool:
-    row = cursor.execute("select to_regclass(%s) is not null as found", [f"{schema}.{table}"]).fetchone()
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """The 95 % interval of a rate (Wilson 1927), as the macro of the same name computes it for each day."""
+    z = 1.959964
+    centre = (successes + z * z / 2) / (n + z * z)
+    spread = z * math.sqrt(successes * (n - successes) / n + z * z / 4) / (n + z * z)
+    return centre - spread, centre + spread
+
+
+def _interval(figure: dict[str, Any]) -> str:
+    if figure["low"] is None or figure["n"] < MIN_N:
+        return "not enough data"
+    return f"[{figure['low']:.3f}, {figure['high']:.3f}]"
+
+
+def _exists(cursor: Any, table: str) -> bool:
+    row = cursor.execute("select to_regclass(%s) is not null as found", [table]).fetchone()
     return bool(row["found"])

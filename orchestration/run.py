@@ -125,9 +125,7 @@ def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path) ->
             changed = changed_days(connection, read_checkpoint(connection))
         _execute(defs, instance, corpus, [], done, screen, log)
         stopped = {dg.AssetKey.from_user_string(name) for name in done.failed}
-        behind = {
-            child for key in stopped for child in dg.AssetSelection.assets(key).downstream().resolve(graph)
-        }
+        behind = _descendants(graph, stopped)
         partitions = sorted(
             {day.isoformat() for day in changed.days}
             & set(_days(defs, everything).get_partition_keys() if changed.days else [])
@@ -137,12 +135,28 @@ def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path) ->
             rest = {key for key in rest if not graph.get(key).is_partitioned}
         screen.title("Feedback to datasets")
         _execute(defs, instance, rest, partitions, done, screen, log)
-        done.failed += [key.to_user_string() for key in sorted(behind - stopped) if key not in corpus]
+        done.failed += [key.to_user_string() for key in sorted(behind - corpus)]
         done.days = partitions
     if not done.failed:
         with prepared.warehouse.connect("changed days") as connection:
             write_checkpoint(connection, changed.horizon)
     return done
+
+
+def _descendants(graph: Any, keys: AbstractSet[dg.AssetKey]) -> set[dg.AssetKey]:
+    """Everything downstream of ``keys``, not passing through tables that other assets fill too."""
+    found: set[dg.AssetKey] = set()
+    waiting = set(keys)
+    while waiting:
+        children = {
+            child
+            for key in waiting
+            for child in graph.get(key).child_keys
+            if child in graph.materializable_asset_keys
+        }
+        waiting = children - found
+        found |= children
+    return found
 
 
 def _days(defs: dg.Definitions, keys: Iterable[dg.AssetKey]) -> dg.PartitionsDefinition[str]:
@@ -183,6 +197,7 @@ def _execute(
             figures: dict[str, Any] = {name: entry.value for name, entry in materialization.metadata.items()}
             done.embedded += figures["embedded"]
             done.embedding_seconds += figures["seconds"]
+    graph = defs.resolve_asset_graph()
     written = {
         event.step_materialization_data.materialization.asset_key
         for event in result.get_asset_materialization_events()
@@ -190,7 +205,9 @@ def _execute(
     closed = {
         check.asset_key
         for check in result.get_asset_check_evaluations()
-        if not check.passed and check.severity is dg.AssetCheckSeverity.ERROR
+        if not check.passed
+        and check.severity is dg.AssetCheckSeverity.ERROR
+        and graph.get(check.asset_check_key).blocking
     }
     done.failed += [key.to_user_string() for key in sorted((selection - written) | closed)]
 

@@ -1,0 +1,1 @@
+"""Tests: unit (no services), graph (ephemeral Dagster), integration (real Postgres, service, browser)."""

@@ -1,0 +1,1 @@
+"""Tests of the Dagster graph on an ephemeral instance."""

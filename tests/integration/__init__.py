@@ -1,0 +1,1 @@
+"""Tests against a real Postgres, a real feedback service and a real browser."""

@@ -198,9 +198,13 @@ class Deployment:
                 "session_id": f"s-{n}",
                 "user_id": f"person {n}",
                 "occurred_at": f"2026-03-0{1 + n % 3}T10:00:00Z",
-                "messages": [{"role": "user", "content": f"How far does valve {n} close? I am ann{n}@example.com"}],
+                "messages": [
+                    {"role": "user", "content": f"How far does valve {n} close? I am ann{n}@example.com"}
+                ],
                 "output": f"At {n}0 bar.",
-                "retrieved": [{"document_id": f"notes/note-{n}.md", "source": "notes", "rank": 1, "score": 0.5}],
+                "retrieved": [
+                    {"document_id": f"notes/note-{n}.md", "source": "notes", "rank": 1, "score": 0.5}
+                ],
                 "model": "small-1",
                 "prompt_version": "1",
             }

@@ -384,15 +384,15 @@ def test_feedback_texts_are_those_not_redacted_yet(conn: Connection, monkeypatch
     redactor = Redactor(uuid.uuid4().bytes)
     messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Call 030 12345678"}]
     interaction = (
-        "insert into feedback.interaction (interaction_id, app, messages, output, occurred_at, body_sha256)"
-        " values (%s, 'app', %s, %s, now(), '')"
+        "insert into feedback.interaction (interaction_id, app, messages, output, occurred_at, api_key_id,"
+        " body_sha256) values (%s, 'app', %s, %s, now(), gen_random_uuid(), '')"
     )
     conn.execute(interaction, ["i-1", json.dumps(messages), "Sure."])
     conn.execute(interaction, ["i-2", json.dumps(messages), None])
     event = (
-        "insert into feedback.feedback_event (event_id, feedback_id, op, revision, kind, explanation, correction,"
-        " annotator_kind, occurred_at, body_sha256)"
-        " values (gen_random_uuid(), gen_random_uuid(), 'create', 1, 'correction', %s, %s, 'HUMAN', now(), '')"
+        "insert into feedback.feedback_event (event_id, feedback_id, op, revision, kind, name, explanation, correction,"
+        " annotator_kind, occurred_at, api_key_id, body_sha256) values (gen_random_uuid(), gen_random_uuid(), 'create',"
+        " 1, 'correction', 'correction', %s, %s, 'HUMAN', now(), gen_random_uuid(), '')"
     )
     conn.execute(event, ["why", "better"])
     conn.execute(event, [None, None])

@@ -80,7 +80,13 @@ def test_killed_anywhere_and_run_again_ends_as_one_clean_run(clean: Deployment, 
     try:
         killed.run_until("postgres")
         killed.send_feedback()
-        for moment in ("raw/notes", "documents/notes", "vectors/notes", "Feedback to datasets", "dbt_before_days"):
+        for moment in (
+            "raw/notes",
+            "documents/notes",
+            "vectors/notes",
+            "Feedback to datasets",
+            "dbt_before_days",
+        ):
             killed.run_until(moment)
         done = killed.moat("run")
         assert done.returncode == 0, done.stdout + done.stderr
@@ -115,7 +121,9 @@ def test_only_what_changed_is_done_again(clean: Deployment) -> None:
 
 def test_a_bad_source_stops_what_depends_on_it_and_nothing_else(clean: Deployment) -> None:
     good = clean.orders.read_text()
-    clean.orders.write_text("order_id,amount,remark\n" + "".join(f"O-{n},free,no price\n" for n in range(30)) + "O-99,1,fine\n")
+    clean.orders.write_text(
+        "order_id,amount,remark\n" + "".join(f"O-{n},free,no price\n" for n in range(30)) + "O-99,1,fine\n"
+    )
     (clean.notes / "note-3.md").write_text("# Note 3\n\nThe valve of machine 3 was removed.\n")
     (clean.contracts / "third.odcs.yaml").write_text("kind: DataContract\n")
     stopped = clean.moat("run")

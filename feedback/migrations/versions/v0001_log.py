@@ -108,7 +108,10 @@ def upgrade() -> None:
             op.create_index(f"{table}_{column}_idx", table, [column], schema="feedback")
         # A day is read by effective time: a clock that runs ahead does not move an event into the future.
         op.create_index(
-            f"{table}_effective_at_idx", table, [sa.text("least(occurred_at, received_at)")], schema="feedback"
+            f"{table}_effective_at_idx",
+            table,
+            [sa.text("least(occurred_at, received_at)")],
+            schema="feedback",
         )
 
     # The service may add rows and see whether an id is taken by the same body: it cannot read a text back, nor
