@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from orchestration.prepare import Prepared
     from orchestration.run import Turn
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # Below this many ratings or questions a rate is not shown as one.
 MIN_N = 30
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from orchestration.deployment import open_warehouse
-from orchestration.report import show
+from orchestration.report import SCHEMA_VERSION, show
 from orchestration.screen import Screen
 from orchestration.settings import Settings
 from storage import embedded
@@ -26,5 +26,8 @@ def show_status(settings: Settings, screen: Screen) -> None:
         screen.line("last run", "none yet: make run")
         return
     report = json.loads(settings.report.read_text("utf-8"))
+    if report["schema_version"] != SCHEMA_VERSION:
+        screen.line("last run", "its report is of another version of Datamoat: make run")
+        return
     screen.line("last run", f"{report['created_at']}, example {report['example']}")
     show(screen, report)

@@ -554,7 +554,7 @@ class _Builder:
         if pattern is None:
             return None
         try:
-            pc.match_substring_regex(pa.array([""]), pattern=str(pattern))
+            pc.match_substring_regex(pa.nulls(1, pa.string()), pattern=str(pattern))
         except pa.ArrowInvalid as error:
             self.error(
                 "bad_pattern",
