@@ -110,7 +110,9 @@ def test_a_revision_reopens_the_day_its_feedback_began(ticks: Ticks, conn: psyco
     assert ticks.tick() == ["2026-03-01", "2026-03-05"]
 
 
-def test_many_days_are_spread_over_ticks_and_none_is_lost(ticks: Ticks, conn: psycopg.Connection[Any]) -> None:
+def test_many_days_are_spread_over_ticks_and_none_is_lost(
+    ticks: Ticks, conn: psycopg.Connection[Any]
+) -> None:
     for day in range(1, 32):
         add_event(conn, f"2026-01-{day:02}T10:00:00Z")
     for day in range(1, 20):

@@ -34,8 +34,8 @@ begin
       execute format('create role %I nologin', wanted);
     exception when duplicate_object or unique_violation then null;
     end;
-    -- From Postgres 16 on, a role's creator may not SET ROLE to it unless granted so.
-    if not pg_has_role(current_user, wanted, 'member') then
+    -- From Postgres 16 on, whoever made a role may give it away but not act as it until granted so.
+    if not pg_has_role(current_user, wanted, 'usage') then
       execute format('grant %I to current_user', wanted);
     end if;
   end loop;
@@ -292,6 +292,8 @@ def upgrade() -> None:
         op.execute(f"create schema if not exists {schema}")
         op.execute(f"grant usage, create on schema {schema} to datamoat_writer, datamoat_owner")
     op.execute(TABLES)
+    # Loads the extension's library: until then only a superuser may name its settings in a function.
+    op.execute("select '[1]'::vector")
     op.execute(SEARCH)
     for schema in WRITTEN_SCHEMAS:
         op.execute(

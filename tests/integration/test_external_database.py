@@ -1,0 +1,80 @@
+"""``DATABASE_URL``: an external server with an ordinary login, prepared and used like the embedded one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+
+from tests.integration.conftest import Cluster
+
+
+@pytest.fixture
+def login(cluster: Cluster) -> str:
+    """The URL of a database owned by a login that is no superuser but may create roles and databases."""
+    url = cluster.new_database()
+    name = url.rsplit("/", 1)[1]
+    with psycopg.connect(cluster.url("postgres"), autocommit=True) as conn:
+        user = f"moat_{name}"
+        conn.execute(
+            sql.SQL("create role {} login createdb createrole password 'secret word'").format(
+                sql.Identifier(user)
+            )
+        )
+        conn.execute(
+            sql.SQL("alter database {} owner to {}").format(sql.Identifier(name), sql.Identifier(user))
+        )
+        # What a database administrator does once: the extension is not the login's to install.
+    with psycopg.connect(url, autocommit=True) as conn:
+        conn.execute("create extension if not exists vector")
+        for role in ("datamoat_owner", "datamoat_writer", "datamoat_ingest", "datamoat_analyst"):
+            if conn.execute("select from pg_roles where rolname = %s", [role]).fetchone():
+                conn.execute(
+                    sql.SQL("grant {} to {} with admin option").format(
+                        sql.Identifier(role), sql.Identifier(user)
+                    )
+                )
+    host = url.split("@")[1]
+    return f"postgresql://{user}:secret%20word@{host}"
+
+
+def moat(home: Path, url: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "orchestration.cli", *arguments],
+        env={**os.environ, "DATABASE_URL": url, "DATAMOAT_HOME": str(home), "EXAMPLE": "none"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_it_is_prepared_twice_and_answers(login: str, tmp_path: Path) -> None:
+    for _ in range(2):
+        done = moat(tmp_path, login, "prepare")
+        assert done.returncode == 0, done.stderr
+        assert "ready" in done.stdout
+    assert not (tmp_path / "postgres").exists()
+    asked = moat(tmp_path, login, "sql", "select current_user as who")
+    assert "datamoat_analyst" in asked.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda url: url.replace("secret%20word", "wrong"), "password"),
+        (lambda url: url.replace(":secret", ":secret").rsplit("/", 1)[0] + "/absent", "CREATE DATABASE"),
+        (lambda url: "postgresql://moat:x@127.0.0.1:1/moat", "127.0.0.1:1"),
+        (lambda url: "mysql://moat:x@127.0.0.1/moat", "postgresql://"),
+    ],
+    ids=["password", "database", "unreachable", "scheme"],
+)
+def test_what_is_wrong_is_one_sentence(login: str, tmp_path: Path, change: object, words: str) -> None:
+    assert callable(change)
+    done = moat(tmp_path, change(login), "prepare")
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("moat: ")
+    assert words in done.stderr
+    assert "secret" not in done.stderr and "wrong" not in done.stderr.split("password")[0]
