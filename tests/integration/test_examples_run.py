@@ -148,7 +148,7 @@ def test_support(start: Callable[[str], Example]) -> None:
 
     found = example.moat("search", "what does error code mean on a logger?", "-k", "3")
     assert found.returncode == 0, found.stderr
-    rows = example.moat("sql", "select source from marts.source_inventory order by 1")
+    rows = example.moat("sql", "select source_name from marts.source_inventory order by 1")
     assert "handbook" in rows.stdout
     secret = example.moat("sql", "select output from feedback.interaction")
     assert secret.returncode == 1
