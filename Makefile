@@ -44,8 +44,8 @@ run: .venv/.run  ## Turn the whole loop once and print the report.
 dev: .venv/.run  ## Open Dagster UI, daemon and feedback service until Ctrl-C.
 	@$(BIN)/moat dev
 
-test: .venv/.dev  ## Run all tests.
-	@$(BIN)/pytest
+test: .venv/.dev  ## Run all tests, two files at a time.
+	@$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 check: lint types imports sql test  ## Everything CI runs: lint, format, types, import rules, SQL, tests.
 

@@ -69,7 +69,7 @@ def run(
     from assets.sources.read import list_files
     from orchestration import report
     from orchestration.loading import Loaded, load_example
-    from orchestration.run import Turn, inputs_digest, is_current, mark_current, turn
+    from orchestration.run import Turn, inputs_digest, is_current, mark_current, one_at_a_time, turn
     from orchestration.services import feedback_service
 
     contracts, errors = load_contracts(settings.contract_folders, settings.contract_variables)
@@ -82,17 +82,18 @@ def run(
         )
 
     done, loaded = Turn(), Loaded()
-    current = not full and not errors and is_current(prepared.warehouse, digest())
-    if current:
-        screen.line("nothing changed", "no row landed, no chunk embedded, nothing written")
-    else:
-        with feedback_service(settings, prepared) as url:
-            loaded = load_example(settings, url, prepared.api_key, screen)
-        from orchestration.build import build_defs
+    with one_at_a_time(settings, screen):
+        current = not full and not errors and is_current(prepared.warehouse, digest())
+        if current:
+            screen.line("nothing changed", "no row landed, no chunk embedded, nothing written")
+        else:
+            with feedback_service(settings, prepared) as url:
+                loaded = load_example(settings, url, prepared.api_key, screen)
+            from orchestration.build import build_defs
 
-        done = turn(build_defs(settings), prepared, screen, settings.folder / "logs" / "run.log")
-        if not done.failed and not errors:
-            mark_current(prepared.warehouse, digest())
+            done = turn(build_defs(settings), prepared, screen, settings.folder / "logs" / "run.log")
+            if not done.failed and not errors:
+                mark_current(prepared.warehouse, digest())
     figures = report.collect(settings, prepared, done, loaded, time.monotonic() - started, current)
     report.save(settings, figures)
     report.show(screen, figures)

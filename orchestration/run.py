@@ -7,10 +7,11 @@ drawing (console) and the figures (report).
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import socket
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,20 @@ class Turn:
     embedded: int = 0
     embedding_seconds: float = 0.0
     days: list[str] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def one_at_a_time(settings: Settings, screen: Screen) -> Iterator[None]:
+    """Let only one turn of this deployment run on this machine; a second one waits for the first."""
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    with (settings.folder / "run.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            screen.line("waiting", "another moat run of this deployment is under way")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        # The kernel drops the lock with the process, however it ends.
+        yield
 
 
 def inputs_digest(settings: Settings, warehouse: Warehouse, contract_files: Iterable[Path]) -> str:

@@ -470,6 +470,15 @@ def refresh_chunks(conn: Connection, source: str, progress: Progress | None = No
     return ChunkCounts(documents, len(todo), total, deleted)
 
 
+def retire_sources(conn: Connection, kept: Sequence[str]) -> int:
+    """Delete the documents of every source but ``kept``, and with them their chunks; returns how many.
+
+    For sources whose contract is gone. Their vectors leave the index with the next load of any other source.
+    """
+    with conn.transaction():
+        return conn.execute("delete from corpus.document where source <> all(%s)", [list(kept)]).rowcount
+
+
 def feedback_texts(conn: Connection, policy: str) -> Iterator[str]:
     """Each text of the feedback log that has no redaction under ``policy`` yet: prompts, answers, comments, corrections.
 

@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import dagster as dg
 
+from assets.documents.corpus import retire_sources
 from assets.progress import log_progress
 from assets.sources.contract import Contract, ContractError
 from assets.sources.land import SourceRefused, land, write_catalogue
@@ -26,27 +27,33 @@ def source_assets(
 ) -> list[dg.AssetsDefinition | dg.AssetChecksDefinition]:
     """An asset for each contract, the catalogue, and the check that every contract file could be read."""
     return [
-        _catalogue(contracts),
+        _catalogue(contracts, errors),
         _contracts_are_valid(errors),
         *(_raw(contract) for contract in contracts),
     ]
 
 
-def _catalogue(contracts: Sequence[Contract]) -> dg.AssetsDefinition:
+def _catalogue(contracts: Sequence[Contract], errors: Sequence[ContractError]) -> dg.AssetsDefinition:
     @dg.asset(
         key=CATALOGUE,
         group_name="sources",
         owners=["team:datamoat"],
         kinds={"postgres"},
         tags={"layer": "registry"},
-        description="One row per contract: owner, provenance, personal data, allowed uses, freshness.",
+        description=(
+            "One row per contract: owner, provenance, personal data, allowed uses, freshness. Documents of a source"
+            " whose contract is gone leave the corpus."
+        ),
     )
     def source_catalogue(warehouse: dg.ResourceParam[Warehouse]) -> dg.MaterializeResult:
         with warehouse.connect("catalogue") as connection:
             write_catalogue(connection, contracts)
+            # A contract that cannot be read is a mistake, not a wish to forget the source.
+            retired = 0 if errors else retire_sources(connection, [contract.name for contract in contracts])
         return dg.MaterializeResult(
             metadata={
                 "dagster/row_count": len(contracts),
+                "documents_retired": retired,
                 "proprietary": sum(c.provenance == "proprietary" for c in contracts),
                 "third_party": sum(c.provenance == "third_party" for c in contracts),
             }

@@ -409,3 +409,12 @@ def test_feedback_texts_are_those_not_redacted_yet(conn: Connection, monkeypatch
     assert len(list(feedback_texts(conn, "another policy"))) == 5
     conn.execute("delete from corpus.redaction where policy = %s", [redactor.policy])
     conn.commit()
+
+
+def test_a_source_without_a_contract_leaves_the_corpus(conn: Connection, source: str) -> None:
+    land(conn, source, HANDBOOK)
+    refresh(conn, source)
+    refresh_chunks(conn, source)
+    assert corpus.retire_sources(conn, [source]) == 0
+    assert corpus.retire_sources(conn, ["another"]) == 2
+    assert conn.execute("select count(*) from corpus.chunk where source = %s", [source]).fetchone() == (0,)

@@ -13,8 +13,11 @@ from tests.integration.conftest import Cluster
 
 
 @pytest.fixture
-def login(cluster: Cluster) -> str:
-    """The URL of a database owned by a login that is no superuser but may create roles and databases."""
+def login(cluster: Cluster, template: str) -> str:
+    """The URL of a database owned by a login that is no superuser but may create roles and databases.
+
+    The roles are there already (``template`` made them, for the whole server), so the login is made a member.
+    """
     url = cluster.new_database()
     name = url.rsplit("/", 1)[1]
     with psycopg.connect(cluster.url("postgres"), autocommit=True) as conn:
@@ -31,12 +34,9 @@ def login(cluster: Cluster) -> str:
     with psycopg.connect(url, autocommit=True) as conn:
         conn.execute("create extension if not exists vector")
         for role in ("datamoat_owner", "datamoat_writer", "datamoat_ingest", "datamoat_analyst"):
-            if conn.execute("select from pg_roles where rolname = %s", [role]).fetchone():
-                conn.execute(
-                    sql.SQL("grant {} to {} with admin option").format(
-                        sql.Identifier(role), sql.Identifier(user)
-                    )
-                )
+            conn.execute(
+                sql.SQL("grant {} to {} with admin option").format(sql.Identifier(role), sql.Identifier(user))
+            )
     host = url.split("@")[1]
     return f"postgresql://{user}:secret%20word@{host}"
 
