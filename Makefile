@@ -64,7 +64,7 @@ imports: .venv/.dev
 	@$(BIN)/lint-imports
 
 sql: .venv/.dev
-	@$(BIN)/sqlfluff lint --processes 2 dbt_project/models
+	@$(BIN)/sqlfluff lint dbt_project/models
 
 figures: .venv/.dev  ## Draw the README's pictures from a running deployment.
 	@$(BIN)/python docs/figures.py

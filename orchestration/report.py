@@ -66,7 +66,7 @@ _QUERIES = {
         select release, dimensions, live, created_at from registry.embedding_release order by created_at
     """,
     "datasets": """
-        select a.dataset, a.version, v.rows, v.uri, v.created_at, v.manifest -> 'dropped' as dropped
+        select a.dataset, a.version, v.rows, v.uri, v.created_at, v.manifest -> 'signals' -> 'dropped' as dropped
         from registry.dataset_alias a join registry.dataset_version v using (dataset, version)
         where a.alias = 'latest' order by a.dataset
     """,
@@ -199,7 +199,12 @@ def show(screen: Screen, report: dict[str, Any]) -> None:
     screen.line("interactions", f"{interactions['interactions']:,} from {interactions['users']:,} people")
     screen.line("feedback events", kinds or "none")
     for dataset in report["datasets"]:
-        screen.line(f"dataset {dataset['dataset']}", f"{dataset['version'][:16]}  {dataset['rows']:,} rows")
+        left_out = ", ".join(f"{n:,} {reason}" for reason, n in sorted(dataset["dropped"].items()))
+        screen.line(
+            f"dataset {dataset['dataset']}",
+            f"{dataset['version'][:16]}  {dataset['rows']:,} rows"
+            + (f"; left out: {left_out}" if left_out else ""),
+        )
     for figure in report["quality"]:
         screen.line(
             f"{figure['name']} {figure['mode']} {figure['metric']}",

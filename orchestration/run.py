@@ -21,6 +21,7 @@ import dagster as dg
 from psycopg.types.json import Jsonb
 
 from orchestration.console import use_screen
+from orchestration.jobs import CORPUS_GROUPS
 from orchestration.prepare import Prepared
 from orchestration.screen import Screen
 from orchestration.settings import Settings
@@ -129,22 +130,21 @@ def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path) ->
     done = Turn()
     graph = defs.resolve_asset_graph()
     everything = graph.materializable_asset_keys
-    by_group: dict[str, set[dg.AssetKey]] = {}
-    for key in everything:
-        by_group.setdefault(graph.get(key).group_name, set()).add(key)
-    corpus = by_group["sources"] | by_group["documents"] | by_group["embeddings"]
+    corpus = {key for key in everything if graph.get(key).group_name in CORPUS_GROUPS}
     with dg.DagsterInstance.get() as instance:
         end_orphaned_runs(instance)
         screen.title("Sources to index")
         with prepared.warehouse.connect("changed days") as connection:
-            changed = changed_days(connection, read_checkpoint(connection))
+            since = read_checkpoint(connection)
+            changed = changed_days(connection, since)
         _execute(defs, instance, corpus, [], done, screen, log)
         stopped = {dg.AssetKey.from_user_string(name) for name in done.failed}
         behind = _descendants(graph, stopped)
-        partitions = sorted(
-            {day.isoformat() for day in changed.days}
-            & set(_days(defs, everything).get_partition_keys() if changed.days else [])
-        )
+        known = _days(defs, everything).get_partition_keys()
+        partitions = sorted({day.isoformat() for day in changed.days} & set(known))
+        if not partitions and since == 0:
+            # No feedback yet: an empty day makes the tables that everything after the days reads.
+            partitions = [known[-1]]
         rest = everything - corpus - behind
         if not partitions:
             rest = {key for key in rest if not graph.get(key).is_partitioned}

@@ -37,6 +37,23 @@ def test_one_run_does_it_all(clean: Deployment) -> None:
     assert {r["entity"] for r in report["redactions"]} == {"EMAIL_ADDRESS", "PHONE_NUMBER"}
 
 
+def test_without_contracts_and_feedback_everything_is_there_and_empty(tmp_path: Path) -> None:
+    deployment = Deployment(tmp_path).write()
+    try:
+        for contract in deployment.contracts.iterdir():
+            contract.unlink()
+        done = deployment.moat("run")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert {d["dataset"]: d["rows"] for d in deployment.report()["datasets"]} == {
+            "sft": 0,
+            "preference": 0,
+            "kto": 0,
+        }
+        assert "the index is empty" in deployment.moat("search", "anything").stdout
+    finally:
+        deployment.destroy()
+
+
 def test_nothing_personal_reaches_corpus_or_marts(clean: Deployment) -> None:
     state = clean.state()
     for table, rows in state.items():
