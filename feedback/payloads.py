@@ -28,7 +28,10 @@ ImplicitLabel = Literal[
 MAX_JSON_BYTES = 65_536
 FIRST_YEAR, LAST_YEAR = 2000, 2099
 
-Short = Annotated[str, Meta(min_length=1, max_length=200)]
+# Ids, names and labels are passed on as they are, so they may not hold what only redacted texts may: an e-mail
+# address anywhere, and in labels seven digits in a row, as telephone numbers have.
+Short = Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^@]*$")]
+Label = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^(?!.*\d(?:[\s().+/-]?\d){6})[^@]*$")]
 PersonId = Annotated[str, Meta(min_length=1, max_length=500)]
 Text = Annotated[str, Meta(max_length=1_000_000)]
 FilledText = Annotated[str, Meta(min_length=1, max_length=1_000_000)]
@@ -126,21 +129,23 @@ class FeedbackEvent(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, om
     revision: (
         Annotated[Count, Meta(description="Defaults to 1 for create, 2 for revise and retract.")] | None
     ) = None
-    name: Annotated[Short, Meta(description="What is judged; defaults to the kind.")] | None = None
+    name: Annotated[Label, Meta(description="What is judged; defaults to the kind.")] | None = None
     score: float | None = None
-    label: Short | None = None
+    label: (
+        Annotated[Label, Meta(description="A code or a grade; free text goes into explanation.")] | None
+    ) = None
     explanation: FilledText | None = None
     correction: Annotated[FilledText, Meta(description="The right answer (kind correction only).")] | None = (
         None
     )
-    reasons: Annotated[list[Short], Meta(max_length=50)] | None = None
+    reasons: Annotated[list[Label], Meta(max_length=50)] | None = None
     value: Any = None
     annotator_kind: AnnotatorKind = "HUMAN"
     author_id: (
         Annotated[PersonId, Meta(description="Raw id of the author; stored only as a keyed pseudonym.")]
         | None
     ) = None
-    author_role: Short | None = None
+    author_role: Label | None = None
     identifier: Short | None = None
     scope: Scope = "interaction"
     interaction_id: (

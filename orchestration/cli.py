@@ -27,7 +27,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: known errors become one sentence and exit code 1."""
+    from assets.embeddings.index import NotLive
     from assets.sources.contract import ContractError
+    from embedder.protocol import EmbedderError
     from orchestration.services import ServiceError
     from storage.database import DatabaseError
     from storage.embedded import EmbeddedPostgresError
@@ -35,7 +37,15 @@ def main() -> None:
     os.environ.update({name: value for name, value in OPT_OUTS.items() if name not in os.environ})
     try:
         app()
-    except (SettingsError, ContractError, DatabaseError, EmbeddedPostgresError, ServiceError) as error:
+    except (
+        SettingsError,
+        ContractError,
+        DatabaseError,
+        EmbeddedPostgresError,
+        ServiceError,
+        EmbedderError,
+        NotLive,
+    ) as error:
         typer.echo(f"moat: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -91,9 +101,12 @@ def run(
                 loaded = load_example(settings, url, prepared.api_key, screen)
             from orchestration.build import build_defs
 
-            done = turn(build_defs(settings), prepared, screen, settings.folder / "logs" / "run.log")
+            # Before the turn: what changes while it runs is for the next one.
+            seen = digest()
+            log = settings.folder / "logs" / "run.log"
+            done = turn(build_defs(settings), prepared, screen, log, full)
             if not done.failed and not errors:
-                mark_current(prepared.warehouse, digest())
+                mark_current(prepared.warehouse, seen)
     figures = report.collect(settings, prepared, done, loaded, time.monotonic() - started, current)
     report.save(settings, figures)
     report.show(screen, figures)
@@ -180,6 +193,8 @@ def search(
     from orchestration.screen import Screen
     from orchestration.search import show_search
 
+    if not question.strip():
+        raise typer.BadParameter("ask something", param_hint="QUESTION")
     if mode not in ("hybrid", "vector", "text"):
         raise typer.BadParameter("choose hybrid, vector or text", param_hint="--mode")
     if not show_search(_settings(), Screen(sys.stdout), question, k, mode):

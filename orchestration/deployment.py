@@ -6,6 +6,8 @@ besides databases and keys (see prepare).
 
 from __future__ import annotations
 
+from psycopg import sql
+
 from feedback.secret import ensure_secret
 from orchestration.settings import Settings
 from storage.database import Database, create_if_missing, resolve
@@ -32,3 +34,28 @@ def dagster_database(settings: Settings) -> Database:
 def pseudonym_key(settings: Settings) -> bytes:
     """The key of the pseudonyms and of redaction tokens; made on first use."""
     return ensure_secret(settings.pseudonym_key_file)[0]
+
+
+def analyst_login(database: Database) -> str:
+    """The name of the analyst's login; roles belong to the whole server, so it names its database."""
+    return f"datamoat_{database.name}_reader"
+
+
+def ensure_analyst(settings: Settings, database: Database) -> None:
+    """Make the analyst's login, a member of ``datamoat_analyst`` and nothing else, with our password for it.
+
+    Raises:
+        psycopg.errors.InsufficientPrivilege: Our own login may not make roles.
+    """
+    password = ensure_secret(settings.analyst_key_file)[0].decode()
+    name = sql.Identifier(analyst_login(database))
+    with database.connect(application_name="prepare") as connection:
+        connection.execute("select pg_advisory_xact_lock(hashtext('datamoat roles'))")
+        known = connection.execute(
+            "select from pg_roles where rolname = %s", [analyst_login(database)]
+        ).fetchone()
+        if known is None:
+            connection.execute(sql.SQL("create role {} login inherit").format(name))
+        connection.execute(sql.SQL("alter role {} password {}").format(name, sql.Literal(password)))
+        connection.execute(sql.SQL("grant datamoat_analyst to {}").format(name))
+        connection.execute(sql.SQL("alter role {} set default_transaction_read_only = on").format(name))

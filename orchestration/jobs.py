@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 import psycopg
 
+from orchestration.gates import open_assets
 from storage.database import Database
 
 CORPUS_GROUPS = ("sources", "documents", "embeddings")
@@ -94,34 +95,53 @@ def retention() -> None:
 
 def schedules(corpus: Any, marts: Any, review: Any) -> list[dg.ScheduleDefinition]:
     """Nightly re-index and marts, monthly feedback review, weekly retention; times in UTC."""
-    running = dg.DefaultScheduleStatus.RUNNING
     return [
         dg.ScheduleDefinition(
             name="nightly_reindex",
             job=corpus,
             cron_schedule="0 2 * * *",
-            default_status=running,
+            default_status=dg.DefaultScheduleStatus.RUNNING,
             description="Every night: land, gate, embed and index what changed.",
         ),
-        dg.ScheduleDefinition(
-            name="nightly_marts",
-            job=marts,
-            cron_schedule="0 3 * * *",
-            default_status=running,
-            description="Every night, after the re-index: the inventory of sources and the other marts.",
+        _gated(
+            "nightly_marts",
+            marts,
+            "0 3 * * *",
+            "Every night, after the re-index: the inventory of sources and the other marts.",
         ),
-        dg.ScheduleDefinition(
-            name="monthly_feedback_review",
-            job=review,
-            cron_schedule="0 6 1 * *",
-            default_status=running,
-            description="On the first of the month: training sets and retrieval figures from all feedback.",
+        _gated(
+            "monthly_feedback_review",
+            review,
+            "0 6 1 * *",
+            "On the first of the month: training sets and retrieval figures from all feedback.",
         ),
         dg.ScheduleDefinition(
             name="weekly_retention",
             job=retention,
             cron_schedule="0 4 * * 0",
-            default_status=running,
+            default_status=dg.DefaultScheduleStatus.RUNNING,
             description="Every Sunday: clean Dagster's own storage.",
         ),
     ]
+
+
+def _gated(name: str, job: Any, cron: str, description: str) -> dg.ScheduleDefinition:
+    """A schedule of ``job`` that leaves out what stands behind a closed gate."""
+
+    @dg.schedule(
+        name=name,
+        job=job,
+        cron_schedule=cron,
+        default_status=dg.DefaultScheduleStatus.RUNNING,
+        description=description,
+    )
+    def gated(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
+        assert context.repository_def is not None
+        graph = context.repository_def.asset_graph
+        wanted = job.selection.resolve(graph) & graph.materializable_asset_keys
+        chosen = open_assets(context.instance, graph, wanted)
+        if not chosen:
+            return dg.SkipReason("everything in it stands behind a gate that is closed")
+        return dg.RunRequest(asset_selection=sorted(chosen))
+
+    return gated

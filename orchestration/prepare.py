@@ -18,7 +18,7 @@ import yaml
 from dagster_dbt import DbtProject
 
 from assets.documents.redact import Redactor
-from orchestration.deployment import dagster_database, open_warehouse, pseudonym_key
+from orchestration.deployment import dagster_database, ensure_analyst, open_warehouse, pseudonym_key
 from orchestration.settings import Settings
 from storage.database import Database, check
 from storage.lake import write_atomic
@@ -39,12 +39,14 @@ class Prepared:
         dagster: Dagster's own database.
         migrations: Revisions applied just now, of all schemas.
         api_key: The feedback service's key for this deployment's own loaders.
+        models: Digest of the dbt project and what it is told.
     """
 
     warehouse: Warehouse
     dagster: Database
     migrations: list[str]
     api_key: str
+    models: str
 
 
 def prepare(settings: Settings, say: Callable[[str], None] = lambda _: None) -> Prepared:
@@ -66,12 +68,16 @@ def prepare(settings: Settings, say: Callable[[str], None] = lambda _: None) -> 
     api_key = ensure_secret(settings.api_key_file)[0].decode()
     with psycopg.connect(warehouse.database.url) as connection:
         ensure_key(connection, app=settings.deployment, key=api_key)
+    try:
+        ensure_analyst(settings, warehouse.database)
+    except psycopg.errors.InsufficientPrivilege as error:
+        say(f"'moat sql' will not work, for the analyst's login cannot be made: {str(error).strip()}")
     settings.lake.mkdir(parents=True, exist_ok=True)
     write_dagster_yaml(settings, dagster)
     if manifest_is_stale(settings):
         say("parsing the dbt project")
         write_manifest(settings)
-    return Prepared(warehouse, dagster, migrations, api_key)
+    return Prepared(warehouse, dagster, migrations, api_key, _project_digest(settings))
 
 
 def dagster_settings(runs: Path) -> dict[str, Any]:

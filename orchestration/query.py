@@ -7,29 +7,41 @@ than the query.
 from __future__ import annotations
 
 import psycopg
+from psycopg.conninfo import conninfo_to_dict
 from rich.table import Table
 
-from orchestration.deployment import open_warehouse
+from feedback.secret import read_secret
+from orchestration.deployment import analyst_login, open_warehouse
 from orchestration.screen import Screen
 from orchestration.settings import Settings
 
-ANALYST = "datamoat_analyst"
-
 
 def show_query(settings: Settings, screen: Screen, query: str) -> bool:
-    """Print the rows of ``query``, run as the analyst role in a read-only transaction; whether it worked."""
+    """Print the rows of ``query``, run by the analyst's own login; whether it worked.
+
+    A login of its own, not ``set role``: what a statement could set, it could also set back.
+    """
     database = open_warehouse(settings).database
-    with database.connect(role=ANALYST, application_name="moat sql") as connection:
-        connection.read_only = True
-        try:
+    if not settings.analyst_key_file.exists():
+        screen.line("error", "the analyst has no login yet: 'moat prepare' makes it", style="red")
+        return False
+    login: dict[str, object] = {
+        **conninfo_to_dict(database.url),
+        "user": analyst_login(database),
+        "password": read_secret(settings.analyst_key_file).decode(),
+        "application_name": "moat sql",
+    }
+    try:
+        with psycopg.connect(**login) as connection:  # type: ignore[arg-type]  # libpq's own parameters
+            connection.read_only = True
             cursor = connection.execute(query.encode())
-        except psycopg.Error as error:
-            screen.line("error", str(error).strip(), style="red")
-            return False
-        if cursor.description is None:
-            return True
-        table = Table(*(column.name for column in cursor.description), box=None, pad_edge=False)
-        for row in cursor:
-            table.add_row(*("" if value is None else str(value) for value in row))
-        screen.console.print(table)
+            if cursor.description is None:
+                return True
+            table = Table(*(column.name for column in cursor.description), box=None, pad_edge=False)
+            for row in cursor:
+                table.add_row(*("" if value is None else str(value) for value in row))
+            screen.console.print(table)
+    except psycopg.Error as error:
+        screen.line("error", str(error).strip(), style="red")
+        return False
     return True

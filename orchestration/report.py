@@ -225,7 +225,7 @@ def show(screen: Screen, report: dict[str, Any]) -> None:
             screen.line(name, "see above, or its run in Dagster UI", style="red")
     screen.title("Next")
     for command in report["next"]:
-        console.print(f"  {command}", markup=False, highlight=False)
+        console.print(f"  {command}")
 
 
 def _table(screen: Screen, table: Table) -> None:

@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import psycopg
 from psycopg.types.json import Jsonb
 
 from orchestration.console import use_screen
+from orchestration.gates import closed_gates, descendants
 from orchestration.jobs import CORPUS_GROUPS
 from orchestration.prepare import Prepared
 from orchestration.screen import Screen
@@ -29,6 +31,7 @@ from sensors.new_feedback import changed_days, read_checkpoint, write_checkpoint
 from storage.warehouse import Warehouse
 
 CHECKPOINT = "moat_run"
+MODELS = "models"
 OWNER_TAG = "datamoat/process"
 
 
@@ -64,7 +67,7 @@ def one_at_a_time(settings: Settings, screen: Screen) -> Iterator[None]:
         yield
 
 
-def inputs_digest(settings: Settings, warehouse: Warehouse, contract_files: Iterable[Path]) -> str:
+def inputs_digest(settings: Settings, warehouse: Warehouse, source_files: Iterable[Path]) -> str:
     """Digest of all that a turn depends on: source files, contracts, examples, code, model, the log's length.
 
     Files are told by path, size and time of change, so that asking costs no reading; landing itself compares
@@ -86,10 +89,11 @@ def inputs_digest(settings: Settings, warehouse: Warehouse, contract_files: Iter
         if path.suffix in (".py", ".sql", ".yml")
     ]
     example = [path for path in (settings.root / "examples" / settings.example).rglob("*") if path.is_file()]
-    for path in sorted({*code, *example, *contract_files}):
+    own = [path for folder in settings.contract_folders for path in folder.glob("*") if path.is_file()]
+    for path in sorted({*code, *example, *own, *source_files}):
         with contextlib.suppress(OSError):
             status = path.stat()
-            digest.update(f"{path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            digest.update(os.fsencode(path) + f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
     digest.update(f"{settings}".encode())
     with warehouse.connect("digest") as connection:
         log = connection.execute(
@@ -100,25 +104,35 @@ def inputs_digest(settings: Settings, warehouse: Warehouse, contract_files: Iter
 
 
 def is_current(warehouse: Warehouse, digest: str) -> bool:
-    """Whether the last whole turn saw exactly these inputs."""
+    """Whether the last whole turn saw exactly these inputs, and no event has become readable since."""
     with warehouse.connect("digest") as connection:
-        row = connection.execute(
-            "select value ->> 'inputs' from registry.checkpoint where name = %s", [CHECKPOINT]
-        ).fetchone()
-    return row is not None and row[0] == digest
+        if changed_days(connection, read_checkpoint(connection)).days:
+            return False
+        return _read(connection, CHECKPOINT, "inputs") == digest
 
 
 def mark_current(warehouse: Warehouse, digest: str) -> None:
     """Record that a whole turn succeeded on these inputs."""
     with warehouse.connect("digest") as connection:
-        connection.execute(
-            "insert into registry.checkpoint (name, value) values (%s, %s)"
-            " on conflict (name) do update set value = excluded.value, updated_at = now()",
-            [CHECKPOINT, Jsonb({"inputs": digest})],
-        )
+        _write(connection, CHECKPOINT, {"inputs": digest})
 
 
-def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path) -> Turn:
+def _read(connection: psycopg.Connection[Any], name: str, field: str) -> str | None:
+    row = connection.execute(
+        "select value ->> %s from registry.checkpoint where name = %s", [field, name]
+    ).fetchone()
+    return row[0] if row else None
+
+
+def _write(connection: psycopg.Connection[Any], name: str, value: dict[str, str]) -> None:
+    connection.execute(
+        "insert into registry.checkpoint (name, value) values (%s, %s)"
+        " on conflict (name) do update set value = excluded.value, updated_at = now()",
+        [name, Jsonb(value)],
+    )
+
+
+def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path, full: bool = False) -> Turn:
     """Run the graph: sources to index, then feedback to datasets and figures.
 
     Two Dagster runs, because what feedback and figures need must not wait for a bad source. What failed in the
@@ -126,6 +140,7 @@ def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path) ->
 
     Args:
         log: File that takes what dbt and libraries print.
+        full: Fold every day that has events, not only those that changed.
     """
     done = Turn()
     graph = defs.resolve_asset_graph()
@@ -135,13 +150,22 @@ def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path) ->
         end_orphaned_runs(instance)
         screen.title("Sources to index")
         with prepared.warehouse.connect("changed days") as connection:
-            since = read_checkpoint(connection)
+            # Other models, or another redaction policy, say something else of days long folded.
+            since = (
+                0 if full or not _same_models(connection, prepared.models) else read_checkpoint(connection)
+            )
             changed = changed_days(connection, since)
         _execute(defs, instance, corpus, [], done, screen, log)
         stopped = {dg.AssetKey.from_user_string(name) for name in done.failed}
-        behind = _descendants(graph, stopped)
+        behind = descendants(graph, stopped)
         known = _days(defs, everything).get_partition_keys()
         partitions = sorted({day.isoformat() for day in changed.days} & set(known))
+        if early := len(changed.days) - len(partitions):
+            screen.line(
+                "feedback",
+                f"{early} days before {known[0]} wait for an earlier DATAMOAT_START_DATE",
+                "yellow",
+            )
         if not partitions and since == 0:
             # No feedback yet: an empty day makes the tables that everything after the days reads.
             partitions = [known[-1]]
@@ -155,23 +179,12 @@ def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path) ->
     if not done.failed:
         with prepared.warehouse.connect("changed days") as connection:
             write_checkpoint(connection, changed.horizon)
+            _write(connection, MODELS, {"digest": prepared.models})
     return done
 
 
-def _descendants(graph: Any, keys: AbstractSet[dg.AssetKey]) -> set[dg.AssetKey]:
-    """Everything downstream of ``keys``, not passing through tables that other assets fill too."""
-    found: set[dg.AssetKey] = set()
-    waiting = set(keys)
-    while waiting:
-        children = {
-            child
-            for key in waiting
-            for child in graph.get(key).child_keys
-            if child in graph.materializable_asset_keys
-        }
-        waiting = children - found
-        found |= children
-    return found
+def _same_models(connection: psycopg.Connection[Any], digest: str) -> bool:
+    return _read(connection, MODELS, "digest") == digest
 
 
 def _days(defs: dg.Definitions, keys: Iterable[dg.AssetKey]) -> dg.PartitionsDefinition[str]:
@@ -206,24 +219,20 @@ def _execute(
             raise_on_error=False,
         )
     done.run_ids.append(result.run_id)
+    # Dagster turns Ctrl-C into the failure of the step under way.
+    if any(event.is_failure and "Interrupt" in str(event.event_specific_data) for event in result.all_events):
+        raise KeyboardInterrupt
     for event in result.get_asset_materialization_events():
         materialization = event.step_materialization_data.materialization
         if materialization.asset_key.path[0] == "vectors":
             figures: dict[str, Any] = {name: entry.value for name, entry in materialization.metadata.items()}
             done.embedded += figures["embedded"]
             done.embedding_seconds += figures["seconds"]
-    graph = defs.resolve_asset_graph()
     written = {
         event.step_materialization_data.materialization.asset_key
         for event in result.get_asset_materialization_events()
     }
-    closed = {
-        check.asset_key
-        for check in result.get_asset_check_evaluations()
-        if not check.passed
-        and check.severity is dg.AssetCheckSeverity.ERROR
-        and graph.get(check.asset_check_key).blocking
-    }
+    closed = closed_gates(instance, defs.resolve_asset_graph()) & selection
     done.failed += [key.to_user_string() for key in sorted((selection - written) | closed)]
 
 

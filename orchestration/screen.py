@@ -12,6 +12,7 @@ from typing import IO
 
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 NAME_WIDTH = 34
 
@@ -23,7 +24,7 @@ class Screen:
     """
 
     def __init__(self, stream: IO[str]) -> None:
-        self.console = Console(file=stream, highlight=False, soft_wrap=True)
+        self.console = Console(file=stream, highlight=False, soft_wrap=True, markup=False, emoji=False)
         if not self.console.is_terminal:
             # A file has no width; rich would assume 80 columns and break every table.
             self.console.width = 160
@@ -32,18 +33,18 @@ class Screen:
 
     def title(self, text: str) -> None:
         """A heading."""
-        self.console.print(f"\n[bold]{text}[/bold]")
+        self.console.print(f"\n{text}", style="bold")
 
     def line(self, name: str, text: str, style: str = "") -> None:
         """A finished fact: its name, then what there is to say of it."""
         with self._lock:
-            self.console.print(f"  {name:<{NAME_WIDTH}} ", end="", markup=False)
-            self.console.print(text, style=style, markup=False)
+            self.console.print(f"  {name:<{NAME_WIDTH}} ", end="")
+            self.console.print(text, style=style)
 
     def progress(self, name: str, text: str) -> None:
         """How far the step ``name`` is: replaces the live line on a terminal, a line of its own elsewhere."""
         if self._status is not None:
-            self._status.update(f"{name} · {text}")
+            self._status.update(Text(f"{name} · {text}"))
         else:
             self.line(name, text, style="dim")
 

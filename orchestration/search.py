@@ -14,18 +14,22 @@ from orchestration.settings import Settings
 
 
 def search(settings: Settings, question: str, k: int, mode: str) -> list[dict[str, Any]]:
-    """The ``k`` best chunks for ``question``, best first; empty when nothing is indexed yet."""
+    """The ``k`` best chunks for ``question``, best first.
+
+    Raises:
+        NotLive: There is no index, or it is of another model.
+    """
     from psycopg.rows import dict_row
 
+    from assets.embeddings.index import check_live
+    from assets.embeddings.release import current_release
     from embedder.encode import Embedder
 
     with (
         open_warehouse(settings).connect("search") as connection,
         connection.cursor(row_factory=dict_row) as cursor,
     ):
-        row = cursor.execute("select to_regclass('retrieval.live') is not null as ready").fetchone()
-        if row is None or not row["ready"]:
-            return []
+        check_live(connection, current_release(settings.embedding_model).name)
         vector = Embedder.open(settings.embedding_model).encode([question])[0]
         return cursor.execute(
             "select * from retrieval.search(%s, %s::halfvec, %s, %s)",
@@ -34,15 +38,13 @@ def search(settings: Settings, question: str, k: int, mode: str) -> list[dict[st
 
 
 def show_search(settings: Settings, screen: Screen, question: str, k: int, mode: str) -> bool:
-    """Print the best passages; False, with a remedy, when there is nothing to search."""
+    """Print the best passages; False when there are none."""
     passages = search(settings, question, k, mode)
     if not passages:
-        screen.line("nothing found", "the index is empty or has no match; 'make run' fills it")
+        screen.line("nothing found", "no passage matches")
         return False
     for place, passage in enumerate(passages, start=1):
         screen.title(f"{place}. {passage['title']}")
-        screen.console.print(
-            f"   {passage['document_id']}  score {passage['score']:.4f}", style="dim", markup=False
-        )
-        screen.console.print(passage["body"].strip(), markup=False)
+        screen.console.print(f"   {passage['document_id']}  score {passage['score']:.4f}", style="dim")
+        screen.console.print(passage["body"].strip())
     return True

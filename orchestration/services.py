@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import httpx
 
 from orchestration.settings import OPT_OUTS, Settings
+from storage.supervisor import die_with_parent
 
 if TYPE_CHECKING:
     from orchestration.prepare import Prepared
@@ -142,4 +143,6 @@ def _start(command: list[str], log: Path, variables: Mapping[str, str]) -> subpr
             stderr=subprocess.STDOUT,
             env=dict(variables),
             start_new_session=True,
+            # A killed moat must not leave a service behind that holds its port (Linux only).
+            preexec_fn=die_with_parent(signal.SIGTERM),
         )

@@ -94,6 +94,11 @@ class Settings:
         return self.folder / "secrets" / "api.key"
 
     @property
+    def analyst_key_file(self) -> Path:
+        """Password of the analyst's login, which may read the marts and the registry."""
+        return self.folder / "secrets" / "analyst.key"
+
+    @property
     def lake(self) -> Path:
         """Parquet: embedding datasets, vectors, dataset versions, refused files."""
         return self.folder / "lake"

@@ -103,7 +103,7 @@ def new_feedback_sensor(target: Any, days: dg.DailyPartitionsDefinition) -> dg.S
         for day in (day for day in waiting if day not in known):
             context.log.warning(
                 f"{day}: events carry a day before the first partition ({min(known)}). They are kept in the log;"
-                " set DATAMOAT_START_DATE to an earlier day to process them."
+                " set DATAMOAT_START_DATE to an earlier day and run 'moat run', which then folds every day again."
             )
         waiting = [day for day in waiting if day in known]
         now, later = waiting[:DAYS_PER_TICK], waiting[DAYS_PER_TICK:]

@@ -249,7 +249,7 @@ def _shared_memory() -> int | None:
         return None
 
 
-def _die_with_parent(number: signal.Signals) -> Callable[[], None] | None:
+def die_with_parent(number: signal.Signals) -> Callable[[], None] | None:
     """For `preexec_fn`: ask the Linux kernel to send the child `number` when this process dies."""
     if not sys.platform.startswith("linux"):
         return None
@@ -463,7 +463,7 @@ class Supervisor:
             user=self.account.uid if self.account else None,
             group=self.account.gid if self.account else None,
             extra_groups=[] if self.account else None,
-            preexec_fn=_die_with_parent(on_our_death),
+            preexec_fn=die_with_parent(on_our_death),
         )
 
     def _watch(self, child: subprocess.Popen[bytes]) -> bool | None:

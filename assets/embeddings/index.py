@@ -114,12 +114,16 @@ def load_vectors(
         dropped=dropped,
         missing=len(absent) - loaded,
         vectors=vectors_now,
-        live=_go_live(connection, release, table),
+        live=_go_live(connection, source, release, table),
     )
 
 
-def _go_live(connection: psycopg.Connection[Any], release: str, table: sql.Identifier) -> bool:
-    """Point ``retrieval.live`` at ``release`` if nothing is live yet or it now covers all the live one does."""
+def _go_live(connection: psycopg.Connection[Any], source: str, release: str, table: sql.Identifier) -> bool:
+    """Point ``retrieval.live`` at ``release`` if nothing is live yet or it covers what the live one answers with.
+
+    Covered: every text of another source that may be retrieved and that the live release has. Texts that only the live
+    release remembers do not count, nor those of ``source``, which has just been loaded as far as it can be.
+    """
     current = connection.execute("select release from registry.embedding_release where live").fetchone()
     if current is not None and current[0] == release:
         return True
@@ -127,10 +131,11 @@ def _go_live(connection: psycopg.Connection[Any], release: str, table: sql.Ident
         uncovered = _one(
             connection,
             sql.SQL(
-                "select count(*) from retrieval.live l where not exists"
-                " (select from {} v where v.content_hash = l.content_hash)"
+                "select count(*) from corpus.chunk c join registry.source s using (source)"
+                " join retrieval.live l using (content_hash) left join {} v using (content_hash)"
+                " where 'rag' = any(s.allowed_uses) and c.source <> %s and v.content_hash is null"
             ).format(table),
-            [],
+            [source],
         )
         if uncovered:
             return False
@@ -148,3 +153,19 @@ def _one(connection: psycopg.Connection[Any], query: Any, parameters: list[Any])
     row = connection.execute(query, parameters).fetchone()
     assert row is not None
     return int(row[0])
+
+
+class NotLive(Exception):
+    """The live index is of another release than the one asked with; the message says what to do."""
+
+
+def check_live(connection: psycopg.Connection[Any], release: str) -> None:
+    """Raise NotLive unless ``release`` is live: a question embedded by another model finds nonsense."""
+    row = connection.execute("select release from registry.embedding_release where live").fetchone()
+    if row is None:
+        raise NotLive("the index is empty: 'make run' fills it")
+    if row[0] != release:
+        raise NotLive(
+            f"the live index is of release {row[0]}, and the model set now makes release {release}: 'make run' builds"
+            " its index, or set EMBEDDING_MODEL back"
+        )

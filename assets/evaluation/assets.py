@@ -10,6 +10,7 @@ from typing import Any, get_args
 import dagster as dg
 
 from assets.embeddings.assets import index_key
+from assets.embeddings.index import NotLive, check_live
 from assets.embeddings.release import current_release
 from assets.evaluation.retrieval import Mode, evaluate, inputs_digest, read_golden, record, search_run
 from assets.sources.assets import raw_key
@@ -44,6 +45,10 @@ def _evaluation(contract: Contract, model: Path | None) -> dg.AssetsDefinition:
         embedder = Embedder.open(model)
         release = current_release(model)
         with warehouse.connect(f"evaluate {contract.name}") as connection:
+            try:
+                check_live(connection, release.name)
+            except NotLive as error:
+                raise dg.Failure(description=str(error), allow_retries=False) from error
             mapping = {
                 "question": golden.question,
                 "document": golden.document,

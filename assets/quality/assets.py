@@ -12,8 +12,6 @@ from assets.sources.assets import raw_key
 from assets.sources.contract import Contract, Expectation
 from storage.warehouse import Warehouse
 
-LOAD_CHECKS = ("nothing_is_lost", "refused_share")
-
 _SEVERITY = {"error": dg.AssetCheckSeverity.ERROR, "warning": dg.AssetCheckSeverity.WARN}
 
 
@@ -38,6 +36,12 @@ def _load_checks(contract: Contract) -> dg.AssetChecksDefinition:
                 asset=key,
                 blocking=True,
                 description="Rows read = rows landed + rows refused, and the table holds what was landed.",
+            ),
+            dg.AssetCheckSpec(
+                "has_rows",
+                asset=key,
+                blocking=True,
+                description="At least one row landed: an export that came out empty must not empty the index.",
             ),
             dg.AssetCheckSpec(
                 "refused_share",
@@ -67,6 +71,9 @@ def _load_checks(contract: Contract) -> dg.AssetChecksDefinition:
                 "rows_refused": refused,
                 "rows_stored": stored,
             },
+        )
+        yield dg.AssetCheckResult(
+            check_name="has_rows", asset_key=key, passed=landed > 0, metadata={"rows_landed": landed}
         )
         share = refused / rows_in if rows_in else 0.0
         yield dg.AssetCheckResult(

@@ -51,7 +51,10 @@ OPTIONS = {
 }
 DAYS = {"d": 1.0, "day": 1.0, "days": 1.0, "h": 1 / 24, "hr": 1 / 24, "hour": 1 / 24, "hours": 1 / 24}
 # Every raw table has these of ours, and Postgres gives every table those below; a contract cannot have its own.
-OUR_COLUMNS = {"_source", "_row", "_loaded_at", "_content_hash"}
+OUR_COLUMNS = {"_source", "_row", "_loaded_at", "_content_hash"} | {
+    # Names the search for repeated keys gives to what it finds.
+    *("_place", "_nth", "_first_file", "_first_row", "_whole"),
+}
 SYSTEM_COLUMNS = {"tableoid", "xmin", "cmin", "xmax", "cmax", "ctid"}
 
 

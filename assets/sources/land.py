@@ -226,7 +226,8 @@ def _unchanged(cursor: Cursor[Any], contract: Contract, scan: _Scan) -> LandRepo
     ).fetchall()
     refused = cursor.execute(
         "select file, coalesce(sha256, ''), rule, reason, remedy from quarantine.file"
-        " where source = %s and resolved_at is null order by file",
+        # A file that landed and could not be parsed was refused by the documents stage, which names the table.
+        " where source = %s and resolved_at is null and lake_uri is null order by file",
         [contract.name],
     ).fetchall()
     known = [(row[0], row[1]) for row in [*landed, *refused]]
@@ -356,21 +357,21 @@ def _refuse_duplicates(cursor: Cursor[Any], contract: Contract) -> None:
             sql.SQL(
                 """
                 with ranked as (
-                  select ctid as place, row_number() over same as nth,
-                    first_value(_source) over same as first_file, first_value(_row) over same as first_row
+                  select ctid as _place, row_number() over same as _nth,
+                    first_value(_source) over same as _first_file, first_value(_row) over same as _first_row
                   from landing
                   where num_nulls({names}) = 0
                   window same as (partition by {names} order by _source collate "C", _row)
                 ), gone as (
-                  delete from landing using ranked where landing.ctid = ranked.place and ranked.nth > 1
-                  returning landing.*, first_file, first_row
+                  delete from landing using ranked where landing.ctid = ranked._place and ranked._nth > 1
+                  returning landing.*, _first_file, _first_row
                 )
                 insert into refusal
                 select _source, _row, {rule},
-                  format('%s %s is already in %s, row %s', {key}, {shown}, first_file, first_row),
-                  'Give every row its own key, or remove the repeated row.', row, encode(sha256(convert_to(row::text, 'UTF8')), 'hex')
+                  format('%s %s is already in %s, row %s', {key}, {shown}, _first_file, _first_row),
+                  'Give every row its own key, or remove the repeated row.', _whole, encode(sha256(convert_to(_whole::text, 'UTF8')), 'hex')
                 from gone,
-                  lateral (select to_jsonb(gone) - array['_source', '_row', '_content_hash', 'first_file', 'first_row'] as row)
+                  lateral (select to_jsonb(gone) - array['_source', '_row', '_content_hash', '_first_file', '_first_row'] as _whole)
                 """
             ).format(
                 names=names,
@@ -529,7 +530,7 @@ def _record_files(
     files = {file.name: file for file in scan.files}
     cursor.execute(
         "update quarantine.file q set resolved_at = now() where q.source = %s and q.resolved_at is null"
-        " and not exists (select from unnest(%s::text[], %s::text[], %s::text[]) as r (file, rule, sha256)"
+        " and q.lake_uri is null and not exists (select from unnest(%s::text[], %s::text[], %s::text[]) as r (file, rule, sha256)"
         " where (q.file, q.rule, coalesce(q.sha256, '')) = (r.file, r.rule, r.sha256))",
         [
             contract.name,

@@ -272,6 +272,11 @@ def test_text_search_is_evaluated_end_to_end_and_recorded_once(corpus: Connectio
         corpus.execute(
             "create view retrieval.live as select ''::text as content_hash, null::halfvec(3) as embedding where false"
         )
+    corpus.execute(
+        "insert into registry.source (source, version, owner, description, provenance, pii, allowed_uses, kind,"
+        " location, contract_sha256) values ('handbook', '1', 'us', '', 'proprietary', false, '{rag}', 'documents',"
+        " '', '') on conflict do nothing"
+    )
     golden = read_golden(corpus, "exam", MAPPING)
     queries = [(qid, text, None) for qid, text in golden.queries.items()]
     run = search_run(corpus, queries, "text")

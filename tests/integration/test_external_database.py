@@ -57,7 +57,25 @@ def test_it_is_prepared_twice_and_answers(login: str, tmp_path: Path) -> None:
         assert "ready" in done.stdout
     assert not (tmp_path / "postgres").exists()
     asked = moat(tmp_path, login, "sql", "select current_user as who")
-    assert "datamoat_analyst" in asked.stdout
+    assert "_reader" in asked.stdout
+
+
+ATTEMPTS = (
+    "commit; reset role; create table public.mine (x int)",
+    "do $$ begin set role none; perform messages from feedback.interaction; end $$",
+    "set role datamoat_writer; select output from feedback.interaction",
+    "commit; set default_transaction_read_only = off; delete from registry.source",
+    "copy (select 1) to program 'true'",
+    "select text from corpus.document",
+)
+
+
+def test_an_analyst_can_neither_write_nor_read_texts(login: str, tmp_path: Path) -> None:
+    assert moat(tmp_path, login, "prepare").returncode == 0
+    for attempt in ATTEMPTS:
+        done = moat(tmp_path, login, "sql", attempt)
+        assert done.returncode == 1, attempt
+        assert "error" in done.stdout, attempt
 
 
 @pytest.mark.parametrize(

@@ -49,7 +49,7 @@ def test_without_contracts_and_feedback_everything_is_there_and_empty(tmp_path: 
             "preference": 0,
             "kto": 0,
         }
-        assert "the index is empty" in deployment.moat("search", "anything").stdout
+        assert "the index is empty" in deployment.moat("search", "anything").stderr
     finally:
         deployment.destroy()
 

@@ -225,8 +225,7 @@ create function retrieval.search(
   chunk_id text, document_id text, source text, title text, heading text, body text,
   score double precision, vector_rank bigint, text_rank bigint
 )
-language plpgsql stable
-set hnsw.ef_search = 100
+language plpgsql volatile
 as $$
 #variable_conflict use_column
 declare
@@ -239,8 +238,13 @@ begin
   if mode not in ('hybrid', 'vector', 'text') then
     raise exception 'mode must be hybrid, vector or text, not %', mode;
   end if;
+  -- The graph search returns no more rows than this, whatever the limit.
+  perform set_config('hnsw.ef_search', least(1000, greatest(100, depth))::text, true);
   return query
-  with nearest as (
+  with allowed as (
+    select s.source from registry.source as s where 'rag' = any(s.allowed_uses)
+  ),
+  nearest as (
     select v.content_hash, v.embedding <=> query_embedding as distance
     from retrieval.live as v
     where mode <> 'text'
@@ -251,13 +255,14 @@ begin
     select c.chunk_id, row_number() over (order by n.distance, c.chunk_id) as place
     from nearest as n
     join corpus.chunk as c using (content_hash)
+    where c.source in (select source from allowed)
   ),
   text_leg as (
     select m.chunk_id, row_number() over (order by m.rank desc, m.chunk_id) as place
     from (
       select c.chunk_id, ts_rank_cd(c.tsv, words, 1) as rank
       from corpus.chunk as c
-      where mode <> 'vector' and c.tsv @@ words
+      where mode <> 'vector' and c.tsv @@ words and c.source in (select source from allowed)
       order by rank desc, c.chunk_id
       limit depth
     ) as m
@@ -292,8 +297,6 @@ def upgrade() -> None:
         op.execute(f"create schema if not exists {schema}")
         op.execute(f"grant usage, create on schema {schema} to datamoat_writer, datamoat_owner")
     op.execute(TABLES)
-    # Loads the extension's library: until then only a superuser may name its settings in a function.
-    op.execute("select '[1]'::vector")
     op.execute(SEARCH)
     for schema in WRITTEN_SCHEMAS:
         op.execute(
