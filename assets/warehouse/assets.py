@@ -59,6 +59,7 @@ def dbt_environment(database: Database) -> dict[str, str]:
         "DATAMOAT_PG_USER": str(found.get("user", "")),
         "DATAMOAT_PG_PASSWORD": str(found.get("password", "")),
         "DATAMOAT_PG_DATABASE": database.name,
+        "DATAMOAT_PG_SSLMODE": str(found.get("sslmode", "prefer")),
         "DBT_SEND_ANONYMOUS_USAGE_STATS": "false",
         "DO_NOT_TRACK": "1",
     }

@@ -5,6 +5,7 @@ Belongs here: what several test files do with a deployment. Does not belong here
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -158,12 +159,14 @@ class Deployment:
             timeout=seconds,
         )
 
-    def run_until(self, text: str, seconds: float = 300) -> None:
-        """Start ``moat run`` and kill -9 it as soon as it has printed ``text``."""
+    def run_until(
+        self, text: str, *options: str, how: signal.Signals = signal.SIGKILL, seconds: float = 300
+    ) -> int:
+        """Start ``moat run`` and send it a signal as soon as it has printed ``text``; its exit code."""
         log = self.folder / "killed.log"
         with log.open("w") as file:
             process = subprocess.Popen(
-                [sys.executable, "-m", "orchestration.cli", "run"],
+                [sys.executable, "-m", "orchestration.cli", "run", *options],
                 env=self.environment,
                 cwd=self.folder,
                 stdout=file,
@@ -175,8 +178,8 @@ class Deployment:
                 process.kill()
                 raise AssertionError(f"moat run ended before it printed {text!r}:\n{log.read_text()}")
             time.sleep(0.02)
-        process.kill()
-        process.wait()
+        process.send_signal(how)
+        return process.wait(seconds)
 
     def report(self) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(self.settings.report.read_text())

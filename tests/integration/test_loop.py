@@ -1,5 +1,6 @@
 """The whole loop through the ``moat`` command: complete, repeatable, and only as much work as has changed."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -90,6 +91,13 @@ def test_a_full_run_on_the_same_input_ends_in_the_same_state(clean: Deployment) 
     assert again.returncode == 0, again.stdout
     assert clean.report()["embedded_now"] == 0
     assert clean.state() == before
+
+
+def test_ctrl_c_ends_the_run_and_says_how_to_go_on(clean: Deployment) -> None:
+    assert clean.run_until("raw/notes", "--full", how=signal.SIGINT) == 130
+    assert "run it again to go on" in (clean.folder / "killed.log").read_text()
+    again = clean.moat("run", "--full")
+    assert again.returncode == 0, again.stdout
 
 
 def test_killed_anywhere_and_run_again_ends_as_one_clean_run(clean: Deployment, tmp_path: Path) -> None:
