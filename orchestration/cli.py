@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import time
+import warnings
 from typing import Annotated, Any
 
 import typer
@@ -30,10 +31,15 @@ def main() -> None:
     from assets.embeddings.index import NotLive
     from assets.sources.contract import ContractError
     from embedder.protocol import EmbedderError
+    from feedback.client import SendFailed
     from orchestration.services import ServiceError
     from storage.database import DatabaseError
     from storage.embedded import EmbeddedPostgresError
 
+    if not sys.warnoptions:
+        # Libraries warn their developers; a person at a terminal can do nothing about it.
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
     os.environ.update({name: value for name, value in OPT_OUTS.items() if name not in os.environ})
     try:
         app()
@@ -45,6 +51,8 @@ def main() -> None:
         ServiceError,
         EmbedderError,
         NotLive,
+        SendFailed,
+        FileNotFoundError,
     ) as error:
         typer.echo(f"moat: {error}", err=True)
         sys.exit(1)
@@ -223,7 +231,7 @@ def stop() -> None:
     """Stop the embedded Postgres now, whoever uses it. It otherwise stops by itself with its last user."""
     from storage import embedded
 
-    stopped = embedded.stop(_settings().home)
+    stopped = embedded.stop(_settings().home, force=True)
     typer.echo("stopped" if stopped else "it was not running")
 
 

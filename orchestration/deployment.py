@@ -9,7 +9,7 @@ from __future__ import annotations
 from psycopg import sql
 
 from feedback.secret import ensure_secret
-from orchestration.settings import Settings
+from orchestration.settings import Settings, SettingsError
 from storage.database import Database, create_if_missing, resolve
 from storage.warehouse import Warehouse
 
@@ -21,6 +21,14 @@ def open_warehouse(settings: Settings) -> Warehouse:
         lake=settings.lake,
         pseudonym_key=pseudonym_key(settings),
     )
+
+
+def require_prepared(settings: Settings) -> None:
+    """Raise SettingsError where nothing has been made yet, before anything is made by merely looking."""
+    if not (settings.dagster_home / "dagster.yaml").exists():
+        raise SettingsError(
+            f"{settings.folder}: there is nothing here yet. Run 'make run' (or 'moat prepare') first."
+        )
 
 
 def dagster_database(settings: Settings) -> Database:

@@ -11,7 +11,7 @@ from psycopg.conninfo import conninfo_to_dict
 from rich.table import Table
 
 from feedback.secret import read_secret
-from orchestration.deployment import analyst_login, open_warehouse
+from orchestration.deployment import analyst_login, open_warehouse, require_prepared
 from orchestration.screen import Screen
 from orchestration.settings import Settings
 
@@ -21,6 +21,7 @@ def show_query(settings: Settings, screen: Screen, query: str) -> bool:
 
     A login of its own, not ``set role``: what a statement could set, it could also set back.
     """
+    require_prepared(settings)
     database = open_warehouse(settings).database
     if not settings.analyst_key_file.exists():
         screen.line("error", "the analyst has no login yet: 'moat prepare' makes it", style="red")

@@ -107,6 +107,7 @@ def collect(
             release["vectors"] = row["n"] if row else 0
             vectors += release["vectors"] if release["live"] else 0
     sources = figures["sources"]
+    example = "" if settings.example == "support" else f"EXAMPLE={settings.example} "
     rate = done.embedded / done.embedding_seconds if done.embedding_seconds else None
     return {
         "schema_version": SCHEMA_VERSION,
@@ -142,9 +143,9 @@ def collect(
             "report": str(settings.report),
         },
         "next": [
-            "make dev                                          # lineage, checks, backfills, feedback API",
-            '.venv/bin/moat search "your question"             # ask the index',
-            ".venv/bin/moat sql 'select * from marts.source_inventory'   # look at the marts",
+            f"{example}make dev",
+            f'{example}.venv/bin/moat search "your question"',
+            f"{example}.venv/bin/moat sql 'select source_name, rows_landed, rows_refused, chunks from marts.source_inventory'",
         ],
     }
 

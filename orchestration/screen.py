@@ -38,8 +38,8 @@ class Screen:
     def line(self, name: str, text: str, style: str = "") -> None:
         """A finished fact: its name, then what there is to say of it."""
         with self._lock:
-            self.console.print(f"  {name:<{NAME_WIDTH}} ", end="")
-            self.console.print(text, style=style)
+            # One print: between two, the live line would be drawn over the first.
+            self.console.print(Text.assemble(f"  {name:<{NAME_WIDTH}} ", (text, style)))
 
     def progress(self, name: str, text: str) -> None:
         """How far the step ``name`` is: replaces the live line on a terminal, a line of its own elsewhere."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from orchestration.deployment import open_warehouse
+from orchestration.deployment import open_warehouse, require_prepared
 from orchestration.screen import Screen
 from orchestration.settings import Settings
 
@@ -39,6 +39,7 @@ def search(settings: Settings, question: str, k: int, mode: str) -> list[dict[st
 
 def show_search(settings: Settings, screen: Screen, question: str, k: int, mode: str) -> bool:
     """Print the best passages; False when there are none."""
+    require_prepared(settings)
     passages = search(settings, question, k, mode)
     if not passages:
         screen.line("nothing found", "no passage matches")

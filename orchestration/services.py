@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from orchestration.prepare import Prepared
 
 HOST = "127.0.0.1"
-FEEDBACK_PORT = 8787
-DAGSTER_PORT = 3000
 
 
 class ServiceError(Exception):
@@ -92,7 +90,8 @@ def start_dagster(settings: Settings, prepared: Prepared, port: int) -> subproce
 @contextmanager
 def feedback_service(settings: Settings, prepared: Prepared) -> Iterator[str]:
     """The feedback service on a free port for as long as the block runs; yields its base URL."""
-    port = free_port(FEEDBACK_PORT)
+    # Any free port: nobody else is to find it, and no other deployment's service is to be taken for it.
+    port = free_port(0)
     process = start_feedback(settings, prepared, port)
     try:
         url = f"http://{HOST}:{port}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +63,15 @@ class Settings:
                 f"EXAMPLE={example}: there is no folder examples/{example}/contracts. "
                 f"Take one of {', '.join(known)}, or 'none' for your own contracts/ only."
             )
+        start_date = environment.get("DATAMOAT_START_DATE") or "2025-01-01"
+        try:
+            in_the_past = date.fromisoformat(start_date) <= datetime.now(UTC).date()
+        except ValueError:
+            in_the_past = False
+        if not in_the_past:
+            raise SettingsError(
+                f"DATAMOAT_START_DATE={start_date}: give a day that has begun, such as 2025-01-01."
+            )
         return cls(
             root=ROOT,
             home=Path(environment.get("DATAMOAT_HOME") or ROOT / ".datamoat").absolute(),
@@ -70,7 +80,7 @@ class Settings:
             database_url=environment.get("DATABASE_URL") or None,
             data_dir=Path(environment.get("DATAMOAT_DATA_DIR") or ROOT.parent / "shared" / "data").absolute(),
             embedding_model=Path(model).absolute() if (model := environment.get("EMBEDDING_MODEL")) else None,
-            start_date=environment.get("DATAMOAT_START_DATE") or "2025-01-01",
+            start_date=start_date,
         )
 
     @property

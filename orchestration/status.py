@@ -19,7 +19,8 @@ def show_status(settings: Settings, screen: Screen) -> None:
     screen.title(f"Datamoat · {settings.example}")
     if settings.database_url is None:
         state = embedded.status(settings.home)
-        screen.line("embedded Postgres", str(state))
+        where = f"on port {state.port}, {state.connections} connections" if state.running else state.phase
+        screen.line("embedded Postgres", f"{where}; its log is {state.log}")
     else:
         screen.line("database", open_warehouse(settings).database.place)
     if not settings.report.exists():
@@ -28,6 +29,11 @@ def show_status(settings: Settings, screen: Screen) -> None:
     report = json.loads(settings.report.read_text("utf-8"))
     if report["schema_version"] != SCHEMA_VERSION:
         screen.line("last run", "its report is of another version of Datamoat: make run")
+        return
+    if report["example"] != settings.example:
+        screen.line(
+            "last run", f"was of example {report['example']}: EXAMPLE={report['example']} moat status"
+        )
         return
     screen.line("last run", f"{report['created_at']}, example {report['example']}")
     show(screen, report)

@@ -26,6 +26,12 @@ def test_no_example_means_only_the_teams_own_contracts(tmp_path: Path) -> None:
     assert settings.deployment == "datamoat"
 
 
+@pytest.mark.parametrize("day", ["yesterday", "2999-01-01", "2026-13-01"])
+def test_a_start_date_that_is_none_says_so(day: str) -> None:
+    with pytest.raises(SettingsError, match="DATAMOAT_START_DATE"):
+        Settings.from_environment({"DATAMOAT_START_DATE": day})
+
+
 def test_an_unknown_example_names_those_there_are() -> None:
     with pytest.raises(SettingsError, match="feedbackqa, support"):
         Settings.from_environment({"EXAMPLE": "suport"})
