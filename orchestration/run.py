@@ -151,14 +151,13 @@ def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path, fu
         screen.title("Sources to index")
         with prepared.warehouse.connect("changed days") as connection:
             # Other models, or another redaction policy, say something else of days long folded.
-            since = (
-                0 if full or not _same_models(connection, prepared.models) else read_checkpoint(connection)
-            )
+            same_models = _read(connection, MODELS, "digest") == prepared.models
+            since = read_checkpoint(connection) if same_models and not full else 0
             changed = changed_days(connection, since)
         _execute(defs, instance, corpus, [], done, screen, log)
         stopped = {dg.AssetKey.from_user_string(name) for name in done.failed}
         behind = descendants(graph, stopped)
-        known = _days(defs, everything).get_partition_keys()
+        known = _days(graph, everything).get_partition_keys()
         partitions = sorted({day.isoformat() for day in changed.days} & set(known))
         if early := len(changed.days) - len(partitions):
             screen.line(
@@ -183,12 +182,7 @@ def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path, fu
     return done
 
 
-def _same_models(connection: psycopg.Connection[Any], digest: str) -> bool:
-    return _read(connection, MODELS, "digest") == digest
-
-
-def _days(defs: dg.Definitions, keys: Iterable[dg.AssetKey]) -> dg.PartitionsDefinition[str]:
-    graph = defs.resolve_asset_graph()
+def _days(graph: Any, keys: Iterable[dg.AssetKey]) -> dg.PartitionsDefinition[str]:
     return next(definition for key in keys if (definition := graph.get(key).partitions_def) is not None)
 
 
@@ -222,16 +216,14 @@ def _execute(
     # Dagster turns Ctrl-C into the failure of the step under way.
     if any(event.is_failure and "Interrupt" in str(event.event_specific_data) for event in result.all_events):
         raise KeyboardInterrupt
+    written = set()
     for event in result.get_asset_materialization_events():
         materialization = event.step_materialization_data.materialization
+        written.add(materialization.asset_key)
         if materialization.asset_key.path[0] == "vectors":
             figures: dict[str, Any] = {name: entry.value for name, entry in materialization.metadata.items()}
             done.embedded += figures["embedded"]
             done.embedding_seconds += figures["seconds"]
-    written = {
-        event.step_materialization_data.materialization.asset_key
-        for event in result.get_asset_materialization_events()
-    }
     closed = closed_gates(instance, defs.resolve_asset_graph()) & selection
     done.failed += [key.to_user_string() for key in sorted((selection - written) | closed)]
 
