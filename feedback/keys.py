@@ -16,7 +16,8 @@ import psycopg
 
 from feedback.ids import uuid7
 
-SCOPES = ("ingest",)
+# ingest: send; read: read states back; review: the queues and their pages; admin: keys, rules, dead letters, metrics.
+SCOPES = ("ingest", "read", "review", "admin")
 MIN_KEY_LENGTH = 20
 
 
@@ -33,6 +34,12 @@ class ApiKey:
     scopes: tuple[str, ...]
     created_at: datetime
     revoked_at: datetime | None
+    holder: str | None = None
+    requests_per_second: float | None = None
+    burst: float | None = None
+
+
+_COLUMNS = "key_id, app, scopes, created_at, revoked_at, holder, requests_per_second, burst"
 
 
 def key_sha256(key: str) -> str:
@@ -41,28 +48,38 @@ def key_sha256(key: str) -> str:
 
 
 def create_key(
-    conn: psycopg.Connection[Any], app: str, scopes: Sequence[str] = ("ingest",)
+    conn: psycopg.Connection[Any], app: str, scopes: Sequence[str] = ("ingest",), **more: Any
 ) -> tuple[ApiKey, str]:
-    """Make a key for ``app``. Returns its record and the secret, which cannot be shown again."""
+    """Make a key for ``app``; ``more`` as for ``ensure_key``. Returns its record and the secret, shown only now."""
     key = "dm_" + secrets.token_urlsafe(32)
-    return ensure_key(conn, app, key, scopes), key
+    return ensure_key(conn, app, key, scopes, **more), key
 
 
 def ensure_key(
-    conn: psycopg.Connection[Any], app: str, key: str, scopes: Sequence[str] = ("ingest",)
+    conn: psycopg.Connection[Any],
+    app: str,
+    key: str,
+    scopes: Sequence[str] = ("ingest",),
+    *,
+    holder: str | None = None,
+    requests_per_second: float | None = None,
+    burst: float | None = None,
 ) -> ApiKey:
     """Store the hash of ``key`` unless it is there already: calling it again, or from two processes, is harmless.
+
+    ``holder`` names the person or service that uses it (a reviewer's name, on the review page); without
+    ``requests_per_second`` its rate is not limited. ``burst`` requests may come at once.
 
     Raises KeyRefused if the key is too short, has an unknown scope, was revoked, or belongs to another app.
     """
     _check(app, key, scopes)
     conn.execute(
-        "INSERT INTO feedback.api_key (key_id, key_sha256, app, scopes) VALUES (%s, %s, %s, %s) "
-        "ON CONFLICT (key_sha256) DO NOTHING",
-        (uuid7(), key_sha256(key), app, list(scopes)),
+        "INSERT INTO feedback.api_key (key_id, key_sha256, app, scopes, holder, requests_per_second, burst)"
+        " VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (key_sha256) DO NOTHING",
+        (uuid7(), key_sha256(key), app, list(scopes), holder, requests_per_second, burst),
     )
     row = conn.execute(
-        "SELECT key_id, app, scopes, created_at, revoked_at FROM feedback.api_key WHERE key_sha256 = %s",
+        f"SELECT {_COLUMNS} FROM feedback.api_key WHERE key_sha256 = %s",
         (key_sha256(key),),
     ).fetchone()
     if row is None:
@@ -85,7 +102,7 @@ def revoke_key(conn: psycopg.Connection[Any], key_id: UUID) -> ApiKey:
     """
     row = conn.execute(
         "UPDATE feedback.api_key SET revoked_at = coalesce(revoked_at, now()) WHERE key_id = %s "
-        "RETURNING key_id, app, scopes, created_at, revoked_at",
+        f"RETURNING {_COLUMNS}",
         (key_id,),
     ).fetchone()
     if row is None:
@@ -95,9 +112,7 @@ def revoke_key(conn: psycopg.Connection[Any], key_id: UUID) -> ApiKey:
 
 def list_keys(conn: psycopg.Connection[Any]) -> list[ApiKey]:
     """All keys, oldest first, revoked ones included."""
-    rows = conn.execute(
-        "SELECT key_id, app, scopes, created_at, revoked_at FROM feedback.api_key ORDER BY created_at, key_id"
-    ).fetchall()
+    rows = conn.execute(f"SELECT {_COLUMNS} FROM feedback.api_key ORDER BY created_at, key_id").fetchall()
     return [_from_row(row) for row in rows]
 
 
@@ -112,5 +127,5 @@ def _check(app: str, key: str, scopes: Sequence[str]) -> None:
 
 
 def _from_row(row: tuple[Any, ...]) -> ApiKey:
-    key_id, app, scopes, created_at, revoked_at = row
-    return ApiKey(key_id, app, tuple(scopes), created_at, revoked_at)
+    key_id, app, scopes, *rest = row
+    return ApiKey(key_id, app, tuple(scopes), *rest)

@@ -27,7 +27,6 @@ Status = Literal["created", "duplicate", "conflict", "invalid"]
 
 ACQUIRE_SECONDS = 5.0
 COMMAND_SECONDS = 30.0
-POOL_SIZE = 8
 
 # What is the row's own fault: a value the column cannot hold, a violated check, a limit of Postgres.
 _ROW_FAULTS = (
@@ -89,7 +88,7 @@ INTERACTIONS = _log(schema.interaction)
 EVENTS = _log(schema.feedback_event)
 
 
-async def connect(database_url: str, role: str) -> Pool:
+async def connect(database_url: str, role: str, size: int = 8) -> Pool:
     """A pool whose sessions act as ``role`` and wait for every commit to reach the disk.
 
     No connection is made yet, so a service may start before its database does.
@@ -101,7 +100,7 @@ async def connect(database_url: str, role: str) -> Pool:
     return await asyncpg.create_pool(
         database_url,
         min_size=0,
-        max_size=POOL_SIZE,
+        max_size=size,
         timeout=ACQUIRE_SECONDS,
         command_timeout=COMMAND_SECONDS,
         reset=keep_session,

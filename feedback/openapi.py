@@ -3,6 +3,7 @@
 Belongs here: the OpenAPI document. Does not belong here: the page that shows it (``docs.html``), behaviour.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -49,34 +50,24 @@ CORRECTION = {
 _REF = "#/components/schemas/{name}"
 
 
-def install(app: FastAPI) -> None:
-    """Make ``app`` describe its ingest routes beside those FastAPI knows."""
+def install(app: FastAPI, paths: Mapping[str, Any]) -> None:
+    """Make ``app`` describe ``paths`` (what its plain routes take and answer) beside those FastAPI knows."""
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app)
+            app.openapi_schema = _document(app, paths)
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _document(app: FastAPI) -> dict[str, Any]:
+def _document(app: FastAPI, paths: Mapping[str, Any]) -> dict[str, Any]:
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
     types = (Interaction, FeedbackEvent, ItemResult, BatchResult, ErrorBody)
     _, components = msgspec.json.schema_components(types, ref_template=_REF)
-    document["paths"] = {
-        "/v1/interactions": _ingest(
-            "Record interactions", "Interaction", {"one": INTERACTION, "several": [INTERACTION]}
-        ),
-        "/v1/feedback": _ingest(
-            "Record feedback",
-            "FeedbackEvent",
-            {"thumb": THUMB, "correction": CORRECTION, "several": [THUMB, CORRECTION]},
-        ),
-        **document["paths"],
-    }
+    document["paths"] = {**paths, **document["paths"]}
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schemas.update(components)
     document["components"]["securitySchemes"] = {
@@ -86,7 +77,8 @@ def _document(app: FastAPI) -> dict[str, Any]:
     return document
 
 
-def _ingest(summary: str, schema: str, examples: dict[str, Any]) -> dict[str, Any]:
+def ingest(summary: str, schema: str, examples: dict[str, Any]) -> dict[str, Any]:
+    """The path of a JSON route that takes one item or several."""
     item = {"$ref": _REF.format(name=schema)}
     array = {"type": "array", "items": item, "maxItems": 1000}
     return {
@@ -106,25 +98,27 @@ def _ingest(summary: str, schema: str, examples: dict[str, Any]) -> dict[str, An
                 },
             },
             "responses": {
-                "201": _response("One object: stored", "ItemResult"),
-                "200": _response(
+                "201": response("One object: stored", "ItemResult"),
+                "200": response(
                     "One object: already stored. An array: all stored", "ItemResult", "BatchResult"
                 ),
-                "207": _response("An array: some items were refused", "BatchResult"),
-                "400": _response("Not JSON", "ErrorBody"),
-                "401": _response("No valid API key", "ErrorBody"),
-                "403": _response("The key may not do this", "ErrorBody"),
-                "409": _response("One object: the id is stored with another body", "ErrorBody"),
-                "413": _response("Too large, or too many items", "ErrorBody"),
-                "415": _response("Not application/json, or compressed", "ErrorBody"),
-                "422": _response("One object: invalid; the field and the remedy are named", "ErrorBody"),
-                "503": _response("The database is away; retry after the seconds in Retry-After", "ErrorBody"),
+                "207": response("An array: some items were refused", "BatchResult"),
+                "400": response("Not JSON", "ErrorBody"),
+                "401": response("No valid API key", "ErrorBody"),
+                "403": response("The key may not do this", "ErrorBody"),
+                "409": response("One object: the id is stored with another body", "ErrorBody"),
+                "413": response("Too large, or too many items", "ErrorBody"),
+                "415": response("Not application/json, or compressed otherwise than by gzip", "ErrorBody"),
+                "422": response("One object: invalid; the field and the remedy are named", "ErrorBody"),
+                "429": response("The key is used more often than it may be; see Retry-After", "ErrorBody"),
+                "503": response("The database is away; retry after the seconds in Retry-After", "ErrorBody"),
             },
         }
     }
 
 
-def _response(description: str, *schemas: str) -> dict[str, Any]:
+def response(description: str, *schemas: str) -> dict[str, Any]:
+    """An answer in JSON whose body is one of the named schemas."""
     refs: list[dict[str, Any]] = [{"$ref": _REF.format(name=name)} for name in schemas]
     schema: dict[str, Any] = refs[0] if len(refs) == 1 else {"oneOf": refs}
     return {"description": description, "content": {"application/json": {"schema": schema}}}

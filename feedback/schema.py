@@ -52,6 +52,38 @@ api_key = sa.Table(
     sa.Column("scopes", pg.ARRAY(sa.Text), nullable=False),
     sa.Column("created_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
     sa.Column("revoked_at", sa.DateTime(timezone=True)),
+    sa.Column("holder", sa.Text),
+    sa.Column("requests_per_second", sa.Double),
+    sa.Column("burst", sa.Double),
+)
+
+# Rows that passed validation and that Postgres refused, as the JSON that was to be inserted.
+dead_letter = sa.Table(
+    "dead_letter",
+    metadata,
+    sa.Column("dead_letter_id", pg.UUID, primary_key=True),
+    sa.Column("log", sa.Text, nullable=False),
+    sa.Column("key", sa.Text, nullable=False),
+    sa.Column("row", pg.BYTEA, nullable=False),
+    sa.Column("reason", sa.Text, nullable=False),
+    sa.Column("api_key_id", pg.UUID, nullable=False),
+    sa.Column("received_at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.now()),
+    sa.Column("replayed_at", sa.DateTime(timezone=True)),
+    sa.Column("outcome", sa.Text),
+)
+
+# Written by triggers alone.
+admin_audit = sa.Table(
+    "admin_audit",
+    metadata,
+    sa.Column("audit_id", sa.BigInteger, sa.Identity(always=True), primary_key=True),
+    sa.Column("at", sa.DateTime(timezone=True), nullable=False, server_default=sa.func.clock_timestamp()),
+    sa.Column("actor", sa.Text, nullable=False),
+    sa.Column("act", sa.Text, nullable=False),
+    sa.Column("subject", sa.Text, nullable=False),
+    sa.Column("before", pg.JSONB),
+    sa.Column("after", pg.JSONB),
+    sa.Index(None, "at"),
 )
 
 

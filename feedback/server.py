@@ -19,7 +19,7 @@ from granian.constants import Interfaces
 from granian.log import LogLevels
 from granian.server import Server
 
-from feedback.service import create_app
+from feedback.app import create_app
 
 DRAIN_SECONDS = 30
 READY_SECONDS = 60.0
@@ -58,7 +58,7 @@ def serve(
     # Workers are fresh interpreters on every platform: nothing of this process leaks into them, threads included.
     multiprocessing.set_start_method("spawn", force=True)
     server = Server(
-        "feedback.service:create_app",
+        "feedback.app:create_app",
         address=host,
         port=port,
         interface=Interfaces.ASGI,

@@ -14,8 +14,10 @@ from alembic.config import Config
 
 from feedback.schema import SCHEMA
 
-ROLES = ("datamoat_owner", "datamoat_writer", "datamoat_ingest", "datamoat_analyst")
 OWNER = "datamoat_owner"
+# The service acts as each of these, for its rooms.
+SERVICE_ROLES = ("datamoat_ingest", "datamoat_review", "datamoat_admin")
+ROLES = (OWNER, "datamoat_writer", "datamoat_analyst", *SERVICE_ROLES)
 
 # Any constant will do, as long as no other user of this database takes the same advisory lock.
 _LOCK = int.from_bytes(b"feedback", "big") >> 1
@@ -85,10 +87,10 @@ def _ensure_roles(connection: sa.Connection) -> None:
         known = connection.scalar(sa.text("SELECT 1 FROM pg_roles WHERE rolname = :role"), {"role": role})
         if not known:
             connection.execute(sa.text(_CREATE_ROLE.format(role=role)))
-    # Whoever migrates must be able to act as the owner, and the service as the ingest role; a superuser can already.
+    # Whoever migrates must be able to act as the owner, and the service as its roles; a superuser can already.
     # Since Postgres 16 being a member (as the creator of a role is) no longer includes that.
     right = "SET" if (connection.dialect.server_version_info or (0,)) >= (16,) else "MEMBER"
-    for role in (OWNER, "datamoat_ingest"):
+    for role in (OWNER, *SERVICE_ROLES):
         able = connection.scalar(
             sa.text("SELECT pg_has_role(current_user, CAST(:role AS name), :right)"),
             {"role": role, "right": right},

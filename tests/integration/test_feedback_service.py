@@ -16,9 +16,9 @@ import httpx
 import psycopg
 import pytest
 
+from feedback.access import KEY_CACHE_SECONDS
 from feedback.ids import uuid7
 from feedback.keys import create_key, revoke_key
-from feedback.service import KEY_CACHE_SECONDS
 from tests.integration.conftest import Cluster, FeedbackService
 
 JSON = {"Content-Type": "application/json"}
@@ -278,7 +278,7 @@ def test_limits(http: httpx.Client) -> None:
     [
         {"Content-Type": "text/plain"},
         {"Content-Type": "application/json; charset=latin-1"},
-        {"Content-Type": "application/json", "Content-Encoding": "gzip"},
+        {"Content-Type": "application/json", "Content-Encoding": "br"},
     ],
 )
 def test_other_media_types_are_refused(http: httpx.Client, headers: dict[str, str]) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 import feedback
 from feedback import openapi
+from feedback.app import create_app
 from feedback.payloads import parse_event, parse_interaction
-from feedback.service import create_app
 
 
 @pytest.fixture(scope="module")

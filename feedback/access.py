@@ -1,0 +1,133 @@
+"""Who is asking: API keys on a request, what they may do, and how often.
+
+Belongs here: looking a key up, its scopes, its rate. Does not belong here: making keys (``feedback.keys``), the
+signed tokens of browsers (``feedback.tokens``), or any route.
+"""
+
+import hashlib
+import time
+from dataclasses import dataclass, field
+
+from starlette.requests import Request
+
+from feedback import log
+from feedback.answers import Error
+from feedback.http import Refused, forbidden
+
+KEY_CACHE_SECONDS = 5.0
+KEY_CACHE_SIZE = 1024
+
+
+@dataclass
+class Bucket:
+    """A token bucket: ``rate`` requests a second on average, ``burst`` at once."""
+
+    rate: float
+    burst: float
+    level: float = field(init=False)
+    filled_at: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.level = self.burst
+        self.filled_at = time.monotonic()
+
+    def wait(self) -> float:
+        """Take one request. Returns 0, or the seconds after which there is room again."""
+        now = time.monotonic()
+        self.level = min(self.burst, self.level + (now - self.filled_at) * self.rate)
+        self.filled_at = now
+        if self.level >= 1:
+            self.level -= 1
+            return 0.0
+        return (1 - self.level) / self.rate
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Whose key a request carries. ``holder`` is the person or service the key was made for."""
+
+    key_id: str
+    app: str
+    scopes: tuple[str, ...]
+    holder: str | None = None
+
+
+@dataclass
+class _Known:
+    caller: Caller
+    until: float
+    bucket: Bucket | None
+
+
+@dataclass
+class Access:
+    """Recognises keys; remembers those seen within the last seconds. Rates hold per worker process."""
+
+    pool: log.Pool
+    _known: dict[str, _Known] = field(default_factory=dict)
+
+    async def caller(self, request: Request, scope: str) -> Caller:
+        """Who sent this request. Raises Refused: 401 unknown, 403 without ``scope``, 429 too often."""
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        key = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+        caller = await self.holder_of(key)
+        if scope not in caller.scopes:
+            raise forbidden(
+                f"The API key may not do this: it lacks scope {scope}", f"Use a key with scope {scope}"
+            )
+        return caller
+
+    async def holder_of(self, key: str) -> Caller:
+        """Whose key ``key`` is; takes one request from its rate. Raises Refused with 401 or 429."""
+        if not key:
+            raise unauthorized("No API key was sent")
+        key_hash = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+        known = self._known.get(key_hash)
+        if known is None or known.until < time.monotonic():
+            known = await self._look_up(key_hash)
+        wait = known.bucket.wait() if known.bucket else 0.0
+        if wait:
+            raise Refused(
+                429,
+                Error(
+                    "too_many_requests",
+                    "The API key sends more requests than it may",
+                    remedy="Wait for the seconds in Retry-After, send arrays, or have the key's rate raised",
+                ),
+                {"Retry-After": str(max(1, round(wait)))},
+            )
+        return known.caller
+
+    async def _look_up(self, key_hash: str) -> _Known:
+        before = self._known.pop(key_hash, None)
+        rows = await log.fetch(
+            self.pool,
+            "SELECT key_id::text, app, scopes, holder, requests_per_second, burst FROM feedback.api_key"
+            " WHERE key_sha256 = $1 AND revoked_at IS NULL",
+            key_hash,
+        )
+        if not rows:
+            raise unauthorized("The API key is unknown or revoked")
+        key_id, app, scopes, holder, rate, burst = rows[0]
+        bucket = Bucket(rate, burst or max(rate, 1.0)) if rate else None
+        if before is not None and before.bucket is not None and bucket is not None:
+            bucket.level = min(before.bucket.level, bucket.burst)
+        if len(self._known) >= KEY_CACHE_SIZE:
+            self._known.clear()
+        known = _Known(
+            Caller(key_id, app, tuple(scopes), holder), time.monotonic() + KEY_CACHE_SECONDS, bucket
+        )
+        self._known[key_hash] = known
+        return known
+
+
+def unauthorized(message: str) -> Refused:
+    return Refused(
+        401,
+        Error(
+            "unauthorized",
+            message,
+            remedy="Send Authorization: Bearer KEY; `python -m feedback key create --app NAME` makes a key",
+        ),
+        {"WWW-Authenticate": "Bearer"},
+    )

@@ -1,0 +1,206 @@
+"""Taking items in: from validated payload to committed row, and the two JSON routes that do it.
+
+Belongs here: rows made from payloads, what is answered for each item. Every way in ends here, whatever its format.
+Does not belong here: validation rules (``feedback.payloads``), SQL (``feedback.log``), other formats.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from feedback import log, openapi
+from feedback.access import Caller
+from feedback.answers import BatchResult, Error, ErrorBody, ItemResult
+from feedback.http import Refused, answer, read_body
+from feedback.ids import pseudonym, uuid7
+from feedback.payloads import (
+    FeedbackEvent,
+    Interaction,
+    PayloadError,
+    body_sha256,
+    item_id,
+    parse_event,
+    parse_interaction,
+    split,
+)
+from feedback.service import Service
+
+MAX_ITEMS = 1000
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A valid item on its way into the log."""
+
+    id: str
+    row: Mapping[str, Any]
+    feedback_id: str | None = None
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of item: the log it goes to, and how its JSON becomes a row."""
+
+    log: log.Log
+    prepare: Callable[[bytes, Caller, bytes, datetime], Accepted]
+
+
+def prepare_interaction(raw: bytes, caller: Caller, pseudonym_key: bytes, now: datetime) -> Accepted:
+    """Validate an interaction and make its row. Raises PayloadError."""
+    item: Interaction = parse_interaction(raw)
+    if item.app not in (None, caller.app):
+        raise PayloadError(
+            f"The API key belongs to app {caller.app}",
+            field="app",
+            remedy="Leave app out, or send the key of that app",
+            code="forbidden",
+        )
+    item.app = caller.app
+    user_ref = pseudonym(pseudonym_key, caller.app, item.user_id) if item.user_id else None
+    row = msgspec.structs.asdict(item)
+    del row["user_id"]
+    row |= {
+        "user_ref": user_ref,
+        "occurred_at": item.occurred_at or now,
+        "api_key_id": caller.key_id,
+        "body_sha256": body_sha256(item, user_ref),
+    }
+    return Accepted(item.interaction_id, row)
+
+
+def prepare_event(raw: bytes, caller: Caller, pseudonym_key: bytes, now: datetime) -> Accepted:
+    """Validate a feedback event and make its row. Raises PayloadError."""
+    item: FeedbackEvent = parse_event(raw)
+    author_ref = pseudonym(pseudonym_key, caller.app, item.author_id) if item.author_id else None
+    event_id = item.event_id or uuid7()
+    # A create without a feedback_id takes its event_id, so that a retry of it is answered with the same one.
+    feedback_id = item.feedback_id or event_id
+    row = msgspec.structs.asdict(item)
+    del row["author_id"]
+    row |= {
+        "event_id": str(event_id),
+        "feedback_id": str(feedback_id),
+        "revision": item.revision if item.revision is not None else (1 if item.op == "create" else 2),
+        "name": item.name or item.kind,
+        "author_ref": author_ref,
+        "occurred_at": item.occurred_at or now,
+        "api_key_id": caller.key_id,
+        "body_sha256": body_sha256(item, author_ref),
+    }
+    return Accepted(str(event_id), row, str(feedback_id))
+
+
+INTERACTIONS = Kind(log.INTERACTIONS, prepare_interaction)
+EVENTS = Kind(log.EVENTS, prepare_event)
+
+
+OPENAPI = {
+    "/v1/interactions": openapi.ingest(
+        "Record interactions",
+        "Interaction",
+        {"one": openapi.INTERACTION, "several": [openapi.INTERACTION]},
+    ),
+    "/v1/feedback": openapi.ingest(
+        "Record feedback",
+        "FeedbackEvent",
+        {
+            "thumb": openapi.THUMB,
+            "correction": openapi.CORRECTION,
+            "several": [openapi.THUMB, openapi.CORRECTION],
+        },
+    ),
+}
+
+
+def routes(service: Service) -> list[Route]:
+    """The JSON routes."""
+    return [
+        Route("/v1/interactions", _endpoint(service, INTERACTIONS), methods=["POST"]),
+        Route("/v1/feedback", _endpoint(service, EVENTS), methods=["POST"]),
+    ]
+
+
+async def accept(service: Service, caller: Caller, kind: Kind, items: Sequence[bytes]) -> list[ItemResult]:
+    """Validate items, each the JSON of one, and commit the valid ones; one result per item, in order.
+
+    Raises Unavailable when nothing can be said about some item; everything may then be sent again.
+    """
+    now = datetime.now(UTC)
+    prepared = [_prepared(item, kind, caller, service.pseudonym_key, now) for item in items]
+    accepted = [item for item in prepared if isinstance(item, Accepted)]
+    outcomes = iter(await log.append(service.ingest, kind.log, [item.row for item in accepted]))
+    return [_stored(item, next(outcomes)) if isinstance(item, Accepted) else item for item in prepared]
+
+
+def _endpoint(service: Service, kind: Kind) -> Callable[[Request], Awaitable[Response]]:
+    async def endpoint(request: Request) -> Response:
+        caller = await service.access.caller(request, "ingest")
+        body = await read_body(request, gzip=True)
+        try:
+            parts, single = split(body)
+        except PayloadError as error:
+            raise Refused(400, error_of(error)) from None
+        if len(parts) > MAX_ITEMS:
+            raise Refused(
+                413,
+                Error(
+                    "too_many_items",
+                    f"The array has {len(parts)} items, more than {MAX_ITEMS}",
+                    remedy=f"Send at most {MAX_ITEMS} items per request",
+                ),
+            )
+        results = await accept(service, caller, kind, parts)
+        return _answer_single(results[0]) if single else _answer_batch(results)
+
+    return endpoint
+
+
+def _prepared(
+    raw: bytes, kind: Kind, caller: Caller, pseudonym_key: bytes, now: datetime
+) -> Accepted | ItemResult:
+    try:
+        return kind.prepare(raw, caller, pseudonym_key, now)
+    except PayloadError as error:
+        return ItemResult(item_id(raw, kind.log.key), "invalid", error=error_of(error))
+
+
+def _stored(item: Accepted, outcome: log.Outcome) -> ItemResult:
+    error = None
+    if outcome.status == "invalid":
+        error = Error(
+            "invalid",
+            f"The database refused it: {outcome.reason}",
+            remedy="Correct the item and send it again",
+        )
+    elif outcome.status == "conflict":
+        error = Error(
+            "conflict",
+            f"{item.id} is stored with another body",
+            remedy="The log is append-only: use a new id (feedback: a new event_id with op revise)",
+        )
+    return ItemResult(item.id, outcome.status, feedback_id=item.feedback_id, error=error)
+
+
+def error_of(error: PayloadError) -> Error:
+    return Error(error.code, error.message, field=error.field, remedy=error.remedy)
+
+
+def _answer_single(result: ItemResult) -> Response:
+    if result.error is None:
+        return answer(201 if result.status == "created" else 200, result)
+    status = {"conflict": 409, "forbidden": 403}.get(result.error.code, 422)
+    return answer(status, ErrorBody(result.error))
+
+
+def _answer_batch(results: Sequence[ItemResult]) -> Response:
+    counts = dict.fromkeys(("created", "duplicate", "conflict", "invalid"), 0)
+    for result in results:
+        counts[result.status] += 1
+    refused = counts["conflict"] + counts["invalid"]
+    return answer(207 if refused else 200, BatchResult(list(results), **counts))
