@@ -57,10 +57,10 @@ class Settings:
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
         """Read the settings; raises SettingsError for an example that does not exist."""
         example = environment.get("EXAMPLE") or "support"
-        if example != "none" and not (ROOT / "examples" / example / "contracts").is_dir():
-            known = sorted(p.parent.name for p in (ROOT / "examples").glob("*/contracts"))
+        known = sorted(p.parent.name for p in (ROOT / "examples").glob("*/loader.py"))
+        if example != "none" and example not in known:
             raise SettingsError(
-                f"EXAMPLE={example}: there is no folder examples/{example}/contracts. "
+                f"EXAMPLE={example}: there is no example of this name (examples/{example}/loader.py). "
                 f"Take one of {', '.join(known)}, or 'none' for your own contracts/ only."
             )
         start_date = environment.get("DATAMOAT_START_DATE") or "2025-01-01"
@@ -135,11 +135,9 @@ class Settings:
 
     @property
     def contract_folders(self) -> list[Path]:
-        """The team's own contracts, then the example's."""
-        folders = [self.contracts]
-        if self.example != "none":
-            folders.append(self.root / "examples" / self.example / "contracts")
-        return folders
+        """The team's own contracts, then the example's if it has any."""
+        of_example = self.root / "examples" / self.example / "contracts"
+        return [self.contracts, of_example] if of_example.is_dir() else [self.contracts]
 
     @property
     def contract_variables(self) -> dict[str, str]:
