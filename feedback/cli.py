@@ -3,7 +3,9 @@
 Belongs here: reading options and the environment, printing. Does not belong here: any work of its own.
 """
 
-from collections.abc import Iterator
+import getpass
+import os
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,17 +78,72 @@ def migrate(database_url: DatabaseUrl) -> None:
     typer.echo(f"applied {', '.join(applied)}" if applied else "nothing to do")
 
 
+@app.command("import")
+def import_export(
+    name: Annotated[
+        str, typer.Argument(metavar="FORMAT", help="Whose export it is; `list` names those there are.")
+    ],
+    files: Annotated[list[Path] | None, typer.Argument(help="JSON or JSON Lines, gzipped or not.")] = None,
+    url: Annotated[str, typer.Option(help="The feedback service.")] = "http://127.0.0.1:8787",
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="DATAMOAT_API_KEY", help="A key with scope ingest.", show_default=False),
+    ] = None,
+) -> None:
+    """Send another system's export through the API; importing it again stores nothing twice."""
+    from feedback.client import FeedbackClient, SendFailed
+    from feedback.importing import FORMATS, ImportRefused, import_file
+
+    if name == "list":
+        typer.echo("\n".join(FORMATS))
+        return
+    if not files or not api_key:
+        raise _stop("name the files, and give a key: --api-key or DATAMOAT_API_KEY")
+    refused = False
+    try:
+        with FeedbackClient(url, api_key) as client:
+            for file in files:
+                done = import_file(client, name, file)
+                typer.echo(f"{file}: {done.records:,} records")
+                for (kind, fate), count in sorted(done.items.items()):
+                    if count:
+                        typer.echo(f"  {kind}: {count:,} {fate}")
+                if done.refused_records or any(n for (_, fate), n in done.items.items() if fate == "refused"):
+                    refused = True
+                    typer.echo(f"  refused ones, each with its reason: {file}.refused.jsonl", err=True)
+    except (ImportRefused, SendFailed) as error:
+        raise _stop(error) from error
+    if refused:
+        raise typer.Exit(1)
+
+
 @key_app.command("create")
 def create(
     database_url: DatabaseUrl,
     app_name: Annotated[str, typer.Option("--app", help="The app that will use the key.")],
-    scope: Annotated[list[str] | None, typer.Option(help="What the key may do; ingest by default.")] = None,
+    scope: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What the key may do: ingest (the default), read, review or admin; repeat it for several."
+        ),
+    ] = None,
+    holder: Annotated[
+        str | None, typer.Option(help="The person or service that uses it; a reviewer's name.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(min=0.001, help="Requests a second on average; not limited if left out.")
+    ] = None,
+    burst: Annotated[
+        float | None, typer.Option(min=1, help="Requests at once; the rate if left out.")
+    ] = None,
 ) -> None:
     """Make a key and print it: it cannot be shown again."""
     from feedback.keys import create_key
 
     with _connection(database_url) as conn:
-        record, key = create_key(conn, app_name, scope or ["ingest"])
+        record, key = create_key(
+            conn, app_name, scope or ["ingest"], holder=holder, requests_per_second=rate, burst=burst
+        )
     typer.echo(f"key {record.key_id} for app {record.app}", err=True)
     typer.echo(key)
 
@@ -109,20 +166,53 @@ def show(database_url: DatabaseUrl) -> None:
     with _connection(database_url) as conn:
         for key in list_keys(conn):
             state = f"revoked {key.revoked_at:%Y-%m-%d}" if key.revoked_at else "active"
-            typer.echo(f"{key.key_id}  {key.app}  {','.join(key.scopes)}  {key.created_at:%Y-%m-%d}  {state}")
+            rate = f"{key.requests_per_second:g}/s" if key.requests_per_second else "no limit"
+            typer.echo(
+                f"{key.key_id}  {key.app}  {','.join(key.scopes)}  {key.holder or '-'}  {rate}"
+                f"  {key.created_at:%Y-%m-%d}  {state}"
+            )
+
+
+@app.command()
+def audit(
+    database_url: DatabaseUrl,
+    limit: Annotated[int, typer.Option(min=1, help="How many of the newest lines.")] = 50,
+) -> None:
+    """Show what admins did to keys, queues, rules and dead letters, newest first."""
+    with _connection(database_url) as conn:
+        for at, actor, act, subject, before, after in conn.execute(
+            "SELECT at, actor, act, subject, before, after FROM feedback.admin_audit ORDER BY audit_id DESC LIMIT %s",
+            (limit,),
+        ):
+            typer.echo(f"{at:%Y-%m-%d %H:%M:%S}  {actor}  {act} {subject}  {_changed(before, after)}")
 
 
 @contextmanager
 def _connection(database_url: str) -> Iterator[psycopg.Connection[Any]]:
-    from feedback.keys import KeyRefused
+    from feedback.keys import KeyRefused, act_as
 
     try:
         with psycopg.connect(database_url) as conn:
+            act_as(conn, f"{_user()} (command line)")
             yield conn
     except psycopg.errors.UndefinedTable as error:
         raise _stop("the feedback schema is missing; run `python -m feedback migrate` first") from error
     except (psycopg.Error, KeyRefused) as error:
         raise _stop(error) from error
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):  # a container may run as a number that has no name
+        return f"uid {os.getuid()}"
+
+
+def _changed(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
+    """The columns that differ, as ``name=value``; the whole row of what was made."""
+    old, new = before or {}, after or {}
+    shown = new if not old else {name: new.get(name) for name in old if old[name] != new.get(name)}
+    return " ".join(f"{name}={value}" for name, value in shown.items() if value is not None)
 
 
 def _stop(reason: object) -> typer.Exit:

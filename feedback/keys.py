@@ -42,6 +42,13 @@ class ApiKey:
 _COLUMNS = "key_id, app, scopes, created_at, revoked_at, holder, requests_per_second, burst"
 
 
+def act_as(conn: psycopg.Connection[Any], actor: str, role: str | None = None) -> None:
+    """Do what follows in this transaction in the name of ``actor``, which the audit keeps, and as ``role``."""
+    conn.execute("SELECT set_config('datamoat.actor', %s, true)", (actor,))
+    if role is not None:
+        conn.execute("SELECT set_config('role', %s, true)", (role,))
+
+
 def key_sha256(key: str) -> str:
     """What is stored of a key: it has too much entropy to be guessed, so a plain hash is enough."""
     return hashlib.sha256(key.encode()).hexdigest()
@@ -119,6 +126,8 @@ def list_keys(conn: psycopg.Connection[Any]) -> list[ApiKey]:
 def _check(app: str, key: str, scopes: Sequence[str]) -> None:
     if not app.strip() or len(app) > 200:
         raise KeyRefused("the app name must have 1 to 200 characters")
+    if "\0" in app:
+        raise KeyRefused("the app name must not hold a NUL character")
     if len(key) < MIN_KEY_LENGTH:
         raise KeyRefused(f"the key must have at least {MIN_KEY_LENGTH} characters; let `key create` make one")
     unknown = sorted(set(scopes) - set(SCOPES))
