@@ -17,7 +17,7 @@ from feedback.client import FeedbackClient, RefusedItem
 from feedback.formats import Format, Item
 from feedback.payloads import PayloadError
 
-FORMATS = ("chatlog", "label_studio", "langfuse", "langsmith", "mlflow", "opik", "phoenix")
+FORMATS = ("chatlog", "label_studio", "langfuse", "langsmith", "mlflow", "opik", "otlp", "phoenix")
 RECORDS_AT_ONCE = 500
 
 
@@ -59,7 +59,8 @@ def import_file(
         for place, record in batch:
             imported.records += 1
             try:
-                items += [(place, record, item) for item in read.to_items(record)]
+                for item in read.to_items(record):
+                    items.append((place, record, item))
             except PayloadError as error:
                 imported.refused_records += 1
                 lost.append({"place": place, "reason": error.message, "field": error.field, "record": record})

@@ -55,12 +55,14 @@ def feedback(data_dir: Path) -> Iterator[dict[str, Any]]:
     for row, at in _rows(data_dir):
         for pair in row["preferences"]:
             a, b = _interaction(row, pair["a"]), _interaction(row, pair["b"])
+            chosen, rejected = (b, a) if pair["winner"] == "b" else (a, b)
+            tied = pair["winner"] == "tie"
             yield _event(row, at, f"preference/{pair['a']}/{pair['b']}") | {
                 "kind": "preference",
                 "name": "preferred_answer",
                 "label": pair["winner"],
-                "value": {"a": a, "b": b, "winner": pair["winner"]},
-                "interaction_id": a,
+                "value": {"tied": [a, b]} if tied else {"chosen": chosen, "rejected": rejected},
+                "interaction_id": chosen,
             }
         judged = row["feedback_on_prediction_1"]
         for number, error in enumerate(judged["errors"]):

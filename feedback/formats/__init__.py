@@ -24,7 +24,8 @@ Belongs here: the shape of a format, and what several formats share. Does not be
 (``feedback.payloads``), routes (``feedback.compat``), reading files (``feedback.importing``).
 """
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 from uuid import UUID, uuid5
@@ -57,6 +58,15 @@ def stable_id(*parts: str) -> str:
     return str(uuid5(_NAMESPACE, "\0".join(parts)))
 
 
+def content_id(*parts: str, body: Mapping[str, Any]) -> str:
+    """As ``stable_id``, of ``parts`` and all that ``body`` says but for who said it.
+
+    The rest of a body is stored, and with it an id made from a person's raw id could be guessed back.
+    """
+    said = {name: value for name, value in body.items() if name not in ("author_id", "user_id")}
+    return stable_id(*parts, json.dumps(said, sort_keys=True))
+
+
 def span_key(trace_id: str, span_id: str) -> str:
     """The interaction_id of the interaction that is one span of a trace."""
     return f"{trace_id}:{span_id}"
@@ -78,7 +88,7 @@ def opinion(
     label, by the number). Without a score it is a category if it has a label, else a comment.
     """
     said = given(explanation=explanation)
-    thumb = _THUMBS.get(label.strip().lower()) if label else None
+    thumb = _THUMBS.get(label.strip().lower()) if isinstance(label, str) else None
     if thumb is None and boolean and score in (0, 1):
         thumb = float(score)
     if thumb is not None and score in (None, thumb):
