@@ -5,6 +5,7 @@ Belongs here: the binding of Alembic to our metadata. Does not belong here: conn
 
 from alembic import context
 
+import feedback.review.tables  # noqa: F401 (its tables join the metadata)
 from feedback.schema import SCHEMA, metadata
 
 context.configure(
