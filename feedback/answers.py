@@ -1,12 +1,15 @@
-"""What the service answers: one shape for an item, one for a batch, one for errors.
+"""What the service answers: one shape for an item, one for a batch, one for the state of feedback, one for errors.
 
 Belongs here: the response bodies, which are also the response schemas of the API description.
 Does not belong here: deciding what to answer (``feedback.service``).
 """
 
+from datetime import datetime
 from typing import Literal
 
 import msgspec
+
+from feedback.payloads import AnnotatorKind, Kind, Op
 
 
 class Error(msgspec.Struct, omit_defaults=True):
@@ -41,3 +44,40 @@ class BatchResult(msgspec.Struct):
     duplicate: int
     conflict: int
     invalid: int
+
+
+class FeedbackState(msgspec.Struct, kw_only=True):
+    """One feedback item as its newest event leaves it. ``event_id`` and ``op`` are those of that event."""
+
+    feedback_id: str
+    event_id: str
+    interaction_id: str
+    kind: Kind
+    name: str
+    identifier: str | None
+    score: float | None
+    label: str | None
+    explanation: str | None
+    correction: str | None
+    reasons: list[str] | None
+    annotator_kind: AnnotatorKind
+    author_role: str | None
+    op: Op
+    revision: int
+    retracted: bool
+    occurred_at: datetime
+
+
+class FeedbackStates(msgspec.Struct):
+    """Items, last changed first. ``more``: there are others, and naming kinds or fewer interactions shows them."""
+
+    feedback: list[FeedbackState]
+    more: bool
+
+
+class Token(msgspec.Struct, frozen=True):
+    """What a browser needs to give feedback on one answer; ``expires_at`` in Unix seconds."""
+
+    interaction_id: str
+    token: str
+    expires_at: int

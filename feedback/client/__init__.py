@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypedDict, TypeVar, Unpack
+from typing import Any, NamedTuple, Self, TypedDict, TypeVar, Unpack
 from uuid import UUID
 
 import msgspec
 
-from feedback.answers import Error, ItemResult
+from feedback.answers import Error, FeedbackStates, ItemResult, Token
 from feedback.client.delivery import (
     BATCH_BYTES,
     BATCH_ITEMS,
@@ -40,9 +40,6 @@ from feedback.payloads import (
     parse_event,
     parse_interaction,
 )
-
-if TYPE_CHECKING:
-    from feedback.state import FeedbackStates
 
 __all__ = [
     "FeedbackClient",
@@ -111,14 +108,6 @@ class Recorded(NamedTuple):
 
     event_id: str
     feedback_id: str
-
-
-class Token(msgspec.Struct, frozen=True):
-    """What a browser needs to give feedback on one answer; ``expires_at`` in Unix seconds."""
-
-    interaction_id: str
-    token: str
-    expires_at: int
 
 
 @dataclass(frozen=True)
@@ -390,14 +379,11 @@ class FeedbackClient:
         wanted = [{"interaction_id": interaction_id, **shared} for interaction_id in interaction_ids]
         return self._call(list[Token], "POST", "/v1/tokens", content=encode(wanted))
 
-    def state(self, *interaction_ids: str, kinds: Sequence[Kind] = ()) -> "FeedbackStates":
+    def state(self, *interaction_ids: str, kinds: Sequence[Kind] = ()) -> FeedbackStates:
         """What the service holds of the feedback on up to 100 answers; of all kinds unless some are named.
 
         Waits for the service, and needs a key with scope ``read``. Raises RequestFailed.
         """
-        # Here, because it brings the service's libraries with it.
-        from feedback.state import FeedbackStates
-
         asked = {"interaction_id": interaction_ids, "kind": tuple(kinds)}
         return self._call(FeedbackStates, "GET", "/v1/feedback", params=asked)
 

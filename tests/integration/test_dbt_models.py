@@ -324,6 +324,18 @@ def test_the_fold_equals_the_reference(built: Warehouse, logs: list[list[Event]]
     assert built.rows(FOLDED) == expected
 
 
+def test_the_mart_and_the_service_fold_alike(built: Warehouse) -> None:
+    service = """
+        select feedback_id, event_id, op, revision, score, label, interaction_id
+        from feedback.current(array(select feedback_id from feedback.feedback_event)) order by feedback_id
+    """
+    mart = """
+        select feedback_id, last_event_id, last_op, revision, score, label, interaction_id
+        from marts.feedback_current order by feedback_id
+    """
+    assert built.rows(service) == built.rows(mart) != []
+
+
 def test_every_day_and_every_event_is_counted_once(built: Warehouse, logs: list[list[Event]]) -> None:
     (facts,) = built.rows("select count(*), sum(event_count) from marts.feedback_current")
     assert facts == (len(logs), sum(map(len, logs)))
