@@ -1,0 +1,194 @@
+"""Who is signed in on the pages: an API key becomes a signed cookie that ends with the key.
+
+Belongs here: the cookie, the proof that a request comes from our own page, the limit on attempts to sign in.
+Does not belong here: what a page shows (the other modules), API keys on the API (``feedback.access``).
+"""
+
+import base64
+import binascii
+import hashlib
+import hmac
+import secrets
+import time
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+import msgspec
+from starlette.requests import Request
+from starlette.responses import Response
+
+from feedback.access import KEY_CACHE_SECONDS, KEY_CACHE_SIZE, Bucket, Caller
+from feedback.answers import Error
+from feedback.http import Refused, forbidden
+from feedback.log import fetch
+from feedback.review import Reviewer
+from feedback.service import Service
+
+COOKIE = "datamoat_session"
+SESSION_SECONDS = 12 * 3600
+SCOPE = "review"
+
+# Attempts to sign in that fail, per address and worker: ten at once, then one every six seconds.
+ATTEMPTS_AT_ONCE = 10
+ATTEMPTS_PER_SECOND = 1 / 6
+
+
+class Claims(msgspec.Struct):
+    """What the cookie says. ``session_id`` ties together what one browser asks within one sign-in."""
+
+    key_id: str
+    session_id: str
+    expires_at: int
+
+
+@dataclass(frozen=True)
+class Person:
+    """Who is signed in, by which key, and what that key may do."""
+
+    caller: Caller
+    session_id: str
+
+    @property
+    def name(self) -> str:
+        """The key's holder; a key without one is shown by the start of its id."""
+        return self.caller.holder or f"key {self.caller.key_id[:8]}"
+
+    @property
+    def reviewer(self) -> Reviewer:
+        return Reviewer(key_id=self.caller.key_id, app=self.caller.app, name=self.name)
+
+    @property
+    def is_admin(self) -> bool:
+        return "admin" in self.caller.scopes
+
+
+@dataclass
+class Sessions:
+    """Signs people in and recognises them again; a revoked key ends its sessions within seconds."""
+
+    service: Service
+    _known: dict[str, tuple[float, Caller | None]] = field(default_factory=dict)
+    _attempts: dict[str, Bucket] = field(default_factory=dict)
+
+    async def sign_in(self, request: Request, key: str) -> Person:
+        """Whose key this is. Raises Refused: 401 unknown or revoked, 403 without scope review, 429 too often."""
+        attempts = self._attempt(request.client.host if request.client else "")
+        try:
+            caller = await self.service.access.holder_of(key)
+        except Refused as error:
+            if error.status != 401:
+                raise
+            raise Refused(
+                401,
+                Error(
+                    "unauthorized",
+                    "This key is unknown or revoked",
+                    remedy="Check it, or ask whoever runs this service for a new one",
+                ),
+            ) from None
+        if SCOPE not in caller.scopes:
+            raise forbidden(
+                "This key is not for reviewing",
+                f"Ask for a key with scope {SCOPE}: `python -m feedback key create --app NAME --scope {SCOPE}`",
+            )
+        attempts.level += 1
+        return Person(caller, "page-" + secrets.token_hex(12))
+
+    def remember(self, request: Request, response: Response, person: Person) -> None:
+        """Put the signed cookie on ``response``."""
+        claims = Claims(person.caller.key_id, person.session_id, int(time.time()) + SESSION_SECONDS)
+        payload = _encode(msgspec.json.encode(claims))
+        # Behind a proxy only the browser knows that it speaks TLS; it says so in Origin.
+        secure = request.url.scheme == "https" or request.headers.get("origin", "").startswith("https://")
+        response.set_cookie(
+            COOKIE,
+            f"{payload}.{self._signature(payload)}",
+            max_age=SESSION_SECONDS,
+            httponly=True,
+            samesite="strict",
+            secure=secure,
+        )
+
+    def forget(self, response: Response) -> None:
+        response.delete_cookie(COOKIE, httponly=True, samesite="strict")
+
+    async def person(self, request: Request) -> Person | None:
+        """Who sent this request, or None: no cookie, a forged or expired one, or a key that is no longer valid."""
+        claims = self._claims(request.cookies.get(COOKIE, ""))
+        if claims is None:
+            return None
+        caller = await self._caller(claims.key_id)
+        if caller is None or SCOPE not in caller.scopes:
+            return None
+        return Person(caller, claims.session_id)
+
+    def _claims(self, cookie: str) -> Claims | None:
+        payload, _, signature = cookie.partition(".")
+        expected = self._signature(payload)
+        if not hmac.compare_digest(expected.encode(), signature.encode("utf-8", "surrogateescape")):
+            return None
+        try:
+            claims = msgspec.json.decode(_decode(payload), type=Claims)
+        except (msgspec.DecodeError, binascii.Error):
+            return None
+        return claims if claims.expires_at > time.time() else None
+
+    def _signature(self, payload: str) -> str:
+        key = hmac.digest(self.service.pseudonym_key, b"datamoat page session", hashlib.sha256)
+        return _encode(hmac.digest(key, payload.encode("utf-8", "surrogateescape"), hashlib.sha256))
+
+    async def _caller(self, key_id: str) -> Caller | None:
+        until, caller = self._known.get(key_id, (0.0, None))
+        if until < time.monotonic():
+            rows = await fetch(
+                self.service.ingest,
+                "SELECT app, scopes, holder FROM feedback.api_key WHERE key_id = $1 AND revoked_at IS NULL",
+                key_id,
+            )
+            caller = Caller(key_id, rows[0][0], tuple(rows[0][1]), rows[0][2]) if rows else None
+            if len(self._known) >= KEY_CACHE_SIZE:
+                self._known.clear()
+            self._known[key_id] = time.monotonic() + KEY_CACHE_SECONDS, caller
+        return caller
+
+    def _attempt(self, address: str) -> Bucket:
+        """The bucket that this attempt was taken from. Raises Refused with 429."""
+        if len(self._attempts) >= KEY_CACHE_SIZE and address not in self._attempts:
+            self._attempts.clear()
+        bucket = self._attempts.setdefault(address, Bucket(ATTEMPTS_PER_SECOND, ATTEMPTS_AT_ONCE))
+        wait = bucket.wait()
+        if wait:
+            raise Refused(
+                429,
+                Error(
+                    "too_many_attempts",
+                    "Too many attempts to sign in",
+                    remedy=f"Wait {round(wait) + 1} seconds and try again",
+                ),
+                {"Retry-After": str(round(wait) + 1)},
+            )
+        return bucket
+
+
+def check_same_site(request: Request) -> None:
+    """Refuse a request that another site's page made the browser send. Raises Refused with 403.
+
+    Browsers say where a request comes from: Sec-Fetch-Site on secure origins, Origin with every POST.
+    """
+    site = request.headers.get("sec-fetch-site")
+    origin = request.headers.get("origin", "")
+    if site == "same-origin":
+        return
+    if site is None and urlsplit(origin).netloc == request.headers.get("host", "") != "":
+        return
+    raise forbidden(
+        "The request does not come from a page of this service", "Open the page here and send it again"
+    )
+
+
+def _encode(data: bytes) -> str:
+    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
+
+
+def _decode(text: str) -> bytes:
+    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))
