@@ -9,14 +9,17 @@ from __future__ import annotations
 import dagster as dg
 
 
-def gated_eager() -> dg.AutomationCondition[dg.AssetKey]:
+def gated_eager(quiet: dg.AssetSelection | None = None) -> dg.AutomationCondition[dg.AssetKey]:
     """Run when an upstream asset changed, unless a blocking check on an upstream asset has not passed.
+
+    Args:
+        quiet: Upstream assets whose changes are no reason to run.
 
     ``eager()`` alone fires past a failed gate on the next tick, since checks only block within their run. It
     also waits until no upstream partition is missing, which for an asset downstream of daily partitions would
     mean until every day since the start date has been run.
     """
-    return (
-        dg.AutomationCondition.eager().without(~dg.AutomationCondition.any_deps_missing())
-        & dg.AutomationCondition.all_deps_blocking_checks_passed()
-    ).with_label("gated_eager")
+    eager = dg.AutomationCondition.eager().without(~dg.AutomationCondition.any_deps_missing())
+    if quiet is not None:
+        eager = eager.ignore(quiet)
+    return (eager & dg.AutomationCondition.all_deps_blocking_checks_passed()).with_label("gated_eager")

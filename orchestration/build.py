@@ -6,8 +6,8 @@ a stage could make for itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from datetime import UTC, datetime
+from collections.abc import Container, Mapping
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from assets.documents.assets import REDACTION, document_assets, redaction_asset
 from assets.embeddings.assets import embedding_assets
 from assets.evaluation.assets import evaluation_assets
 from assets.quality.assets import source_checks
+from assets.review.assets import review_queues_asset
 from assets.sources.assets import source_assets
 from assets.sources.contract import load_contracts
 from assets.sources.feedback_log import feedback_log
@@ -30,11 +31,15 @@ from orchestration.console import moat_logger
 from orchestration.prepare import dbt_project, dbt_variables
 from orchestration.resources import resources
 from orchestration.settings import Settings
-from sensors.new_feedback import new_feedback_sensor
+from sensors.feedback_review import feedback_review_sensor
+from sensors.new_feedback import every_day_is_folded, new_feedback_sensor
 
 # Stages that follow their inputs by themselves. Sources wait for the clock or a person, embedding for a job
-# (it may cost a GPU hour), daily models for the feedback sensor.
-EAGER_LAYERS = frozenset({"documents", "staging", "intermediate", "marts", "datasets"})
+# (it may cost a GPU hour), daily models and training sets for the feedback sensors.
+EAGER_LAYERS = frozenset({"documents", "staging", "intermediate", "marts", "evaluation", "review"})
+
+# dbt's views show new rows of these without being made anew; folding them into the marts is the feedback sensor's.
+SHOWN_BY_VIEWS = dg.AssetSelection.assets(REDACTION)
 
 
 def build_defs(settings: Settings, overrides: Mapping[str, Any] | None = None) -> dg.Definitions:
@@ -61,17 +66,25 @@ def build_defs(settings: Settings, overrides: Mapping[str, Any] | None = None) -
         *shared_tables(contracts),
         *feedback_log(),
         redaction_asset(),
+        review_queues_asset(),
         *models,
         *dataset_assets(contracts),
         *evaluation_assets(contracts, settings.embedding_model),
     ]
+    by_sensor = jobs.fold_of(daily).resolve(models)
     return dg.Definitions(
-        assets=[_automated(asset) for asset in assets],
-        asset_checks=source_checks(contracts),
+        assets=[_automated(asset, by_sensor) for asset in assets],
+        asset_checks=[*source_checks(contracts), every_day_is_folded],
         jobs=[corpus, feedback_day, marts, review, jobs.retention],
-        schedules=jobs.schedules(corpus, marts, review),
+        schedules=jobs.schedules(corpus, marts),
         sensors=[
             new_feedback_sensor(feedback_day, days),
+            feedback_review_sensor(
+                review,
+                lambda context: jobs.behind_open_gates(context, review),
+                settings.feedback_min_events,
+                timedelta(hours=settings.feedback_max_age_hours),
+            ),
             dg.AutomationConditionSensorDefinition(
                 "automation",
                 target=dg.AssetSelection.all(),
@@ -80,18 +93,22 @@ def build_defs(settings: Settings, overrides: Mapping[str, Any] | None = None) -
             ),
         ],
         resources={**resources(settings), "dbt": _dbt(project), **(overrides or {})},
+        # On a small machine a process for each step takes longer to start than most steps.
+        executor=dg.in_process_executor,
         loggers={"console": dg.colored_console_logger, "moat": moat_logger},
     )
 
 
-def _automated(asset: Any) -> Any:
-    """Give unpartitioned assets of the eager layers their condition."""
-    if not isinstance(asset, dg.AssetsDefinition) or asset.partitions_def is not None:
+def _automated(asset: Any, by_sensor: Container[dg.AssetKey]) -> Any:
+    """Give assets of the eager layers their condition, but for those that the feedback sensor asks for."""
+    if not isinstance(asset, dg.AssetsDefinition):
         return asset
     return asset.map_asset_specs(
         lambda spec: (
-            spec.replace_attributes(automation_condition=gated_eager())
-            if spec.tags.get("layer") in EAGER_LAYERS
+            spec.replace_attributes(
+                automation_condition=gated_eager(quiet=SHOWN_BY_VIEWS if "dbt" in spec.kinds else None)
+            )
+            if spec.tags.get("layer") in EAGER_LAYERS and spec.key not in by_sensor
             else spec
         )
     )

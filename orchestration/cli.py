@@ -141,8 +141,20 @@ def dev(
     port: Annotated[int, typer.Option(help="Port of Dagster UI; the next free one if taken.")] = 3000,
     feedback_port: Annotated[int, typer.Option(help="Port of the feedback service.")] = 8787,
 ) -> None:
-    """Open Dagster UI, its daemon with sensors and schedules, and the feedback service, until Ctrl-C."""
+    """Open Dagster UI, its daemon with sensors and schedules, and the feedback service, until Ctrl-C.
+
+    Once for a deployment: a second one is refused.
+    """
+    from orchestration.services import only_one
+
+    settings = _settings()
+    with only_one(settings):
+        _dev(settings, port, feedback_port)
+
+
+def _dev(settings: Settings, port: int, feedback_port: int) -> None:
     from orchestration.prepare import prepare as make_ready
+    from orchestration.run import end_left_over_runs
     from orchestration.services import (
         HOST,
         ServiceError,
@@ -153,8 +165,8 @@ def dev(
         wait_until_ready,
     )
 
-    settings = _settings()
     prepared = make_ready(settings, typer.echo)
+    end_left_over_runs(settings)
     logs = settings.folder / "logs"
     port, feedback_port = free_port(port), free_port(feedback_port)
     # SIGTERM ends everything as Ctrl-C does; and a shell's background job would start with SIGINT ignored.
@@ -162,14 +174,18 @@ def dev(
         signal.signal(number, signal.default_int_handler)
     children: dict[str, Any] = {}
     try:
-        children["feedback service"] = start_feedback(settings, prepared, feedback_port)
-        children["Dagster"] = start_dagster(settings, prepared, port)
-        wait_until_ready(
-            children["feedback service"], f"http://{HOST}:{feedback_port}/readyz", logs / "feedback.log"
+        children["feedback service"] = start_feedback(
+            settings, prepared, feedback_port, search="orchestration.search:passages"
         )
+        children["Dagster"] = start_dagster(settings, prepared, port)
+        service = f"http://{HOST}:{feedback_port}"
+        wait_until_ready(children["feedback service"], f"{service}/readyz", logs / "feedback.log")
         wait_until_ready(children["Dagster"], f"http://{HOST}:{port}/server_info", logs / "dagster.log")
         typer.echo(f"Dagster UI        http://{HOST}:{port}")
-        typer.echo(f"feedback service  http://{HOST}:{feedback_port}/docs")
+        typer.echo(f"sign in           {service}/login#{prepared.person_key}")
+        typer.echo(f"ask               {service}/ask")
+        typer.echo(f"review            {service}/review")
+        typer.echo(f"feedback service  {service}/docs")
         typer.echo(f"API key           {settings.api_key_file}")
         typer.echo(f"database          {prepared.warehouse.database.place}")
         typer.echo(f"logs              {logs}")

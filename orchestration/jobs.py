@@ -37,15 +37,22 @@ def corpus_job() -> Any:
         "corpus",
         selection=dg.AssetSelection.groups(*CORPUS_GROUPS),
         description="Land every source, gate it, parse, redact, chunk, embed and index what changed.",
+        # Sources side by side.
+        executor_def=dg.multiprocess_executor,
     )
+
+
+def fold_of(daily: dg.AssetSelection) -> dg.AssetSelection:
+    """The daily models and the models that read them, which are brought up to date in the same run."""
+    return daily | (daily.downstream() & dg.AssetSelection.groups(*MODEL_GROUPS))
 
 
 def feedback_day_job(daily: dg.AssetSelection, redaction: dg.AssetKey) -> Any:
     """One day of feedback: redact its texts and fold it into the marts."""
     return dg.define_asset_job(
         "feedback_day",
-        selection=dg.AssetSelection.assets(redaction) | daily,
-        description="Fold one UTC day of interactions and feedback into the daily marts.",
+        selection=dg.AssetSelection.assets(redaction) | fold_of(daily),
+        description="Fold one UTC day of interactions and feedback into the marts.",
     )
 
 
@@ -59,11 +66,11 @@ def marts_job(daily: dg.AssetSelection) -> Any:
 
 
 def review_job() -> Any:
-    """What is made from feedback as a whole: training sets and figures."""
+    """What is made from feedback as a whole: the training sets."""
     return dg.define_asset_job(
         "feedback_review",
-        selection=dg.AssetSelection.groups("datasets", "evaluation"),
-        description="Publish dataset versions from the feedback so far and measure retrieval.",
+        selection=dg.AssetSelection.groups("datasets"),
+        description="Publish dataset versions from the feedback so far.",
     )
 
 
@@ -93,8 +100,8 @@ def retention() -> None:
     purge_event_log()
 
 
-def schedules(corpus: Any, marts: Any, review: Any) -> list[dg.ScheduleDefinition]:
-    """Nightly re-index and marts, monthly feedback review, weekly retention; times in UTC."""
+def schedules(corpus: Any, marts: Any) -> list[dg.ScheduleDefinition]:
+    """Nightly re-index and marts, weekly retention; times in UTC."""
     return [
         dg.ScheduleDefinition(
             name="nightly_reindex",
@@ -108,12 +115,6 @@ def schedules(corpus: Any, marts: Any, review: Any) -> list[dg.ScheduleDefinitio
             marts,
             "0 3 * * *",
             "Every night, after the re-index: the inventory of sources and the other marts.",
-        ),
-        _gated(
-            "monthly_feedback_review",
-            review,
-            "0 6 1 * *",
-            "On the first of the month: training sets and retrieval figures from all feedback.",
         ),
         dg.ScheduleDefinition(
             name="weekly_retention",
@@ -136,12 +137,19 @@ def _gated(name: str, job: Any, cron: str, description: str) -> dg.ScheduleDefin
         description=description,
     )
     def gated(context: dg.ScheduleEvaluationContext) -> dg.RunRequest | dg.SkipReason:
-        assert context.repository_def is not None
-        graph = context.repository_def.asset_graph
-        wanted = job.selection.resolve(graph) & graph.materializable_asset_keys
-        chosen = open_assets(context.instance, graph, wanted)
+        chosen = behind_open_gates(context, job)
         if not chosen:
             return dg.SkipReason("everything in it stands behind a gate that is closed")
-        return dg.RunRequest(asset_selection=sorted(chosen))
+        return dg.RunRequest(asset_selection=chosen)
 
     return gated
+
+
+def behind_open_gates(
+    context: dg.ScheduleEvaluationContext | dg.SensorEvaluationContext, job: Any
+) -> list[dg.AssetKey]:
+    """The assets of ``job`` that no closed gate outside of the job stops."""
+    assert context.repository_def is not None
+    graph = context.repository_def.asset_graph
+    wanted = job.selection.resolve(graph) & graph.materializable_asset_keys
+    return sorted(open_assets(context.instance, graph, wanted))

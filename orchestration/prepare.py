@@ -5,6 +5,7 @@ Belongs here: everything that must exist before a run, each step safe to repeat.
 
 from __future__ import annotations
 
+import getpass
 import hashlib
 import os
 import subprocess
@@ -39,6 +40,7 @@ class Prepared:
         dagster: Dagster's own database.
         migrations: Revisions applied just now, of all schemas.
         api_key: The feedback service's key for this deployment's own loaders.
+        person_key: The key of the person at this machine, who may do everything there.
         models: Digest of the dbt project and what it is told.
     """
 
@@ -46,6 +48,7 @@ class Prepared:
     dagster: Database
     migrations: list[str]
     api_key: str
+    person_key: str
     models: str
 
 
@@ -53,7 +56,7 @@ def prepare(settings: Settings, say: Callable[[str], None] = lambda _: None) -> 
     """Bring everything a run needs into place; a second call finds it there and changes nothing."""
     import psycopg
 
-    from feedback.keys import ensure_key
+    from feedback.keys import SCOPES, ensure_key
     from feedback.migrations import upgrade as upgrade_feedback
     from feedback.secret import ensure_secret
     from storage.migrations import upgrade as upgrade_warehouse
@@ -66,8 +69,10 @@ def prepare(settings: Settings, say: Callable[[str], None] = lambda _: None) -> 
     if migrations:
         say(f"migrated: {', '.join(migrations)}")
     api_key = ensure_secret(settings.api_key_file)[0].decode()
+    person_key = ensure_secret(settings.person_key_file)[0].decode()
     with psycopg.connect(warehouse.database.url) as connection:
         ensure_key(connection, app=settings.deployment, key=api_key)
+        ensure_key(connection, app=settings.deployment, key=person_key, scopes=SCOPES, holder=person())
     try:
         ensure_analyst(settings, warehouse.database)
     except psycopg.errors.InsufficientPrivilege as error:
@@ -77,7 +82,16 @@ def prepare(settings: Settings, say: Callable[[str], None] = lambda _: None) -> 
     if manifest_is_stale(settings):
         say("parsing the dbt project")
         write_manifest(settings)
-    return Prepared(warehouse, dagster, migrations, api_key, _project_digest(settings))
+    return Prepared(warehouse, dagster, migrations, api_key, person_key, _project_digest(settings))
+
+
+def person() -> str:
+    """Who works at this machine, as the operating system names them."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        # A user id without a name, as in some containers.
+        return f"user {os.getuid()}"
 
 
 def dagster_settings(runs: Path) -> dict[str, Any]:
@@ -111,6 +125,8 @@ def dagster_settings(runs: Path) -> dict[str, Any]:
             "free_slots_after_run_end_seconds": 60,
         },
         "run_retries": {"enabled": True, "max_retries": 2, "retry_on_asset_or_op_failure": False},
+        # A run waits no longer than this for the daemon to look at the queue.
+        "run_queue": {"dequeue_interval_seconds": 1},
         "concurrency": {
             "runs": {"max_concurrent_runs": 4},
             "pools": {"default_limit": 4, "granularity": "op"},

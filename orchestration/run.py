@@ -11,15 +11,14 @@ import fcntl
 import hashlib
 import os
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
-import psycopg
-from psycopg.types.json import Jsonb
 
 from orchestration.console import use_screen
 from orchestration.gates import closed_gates, descendants
@@ -27,12 +26,19 @@ from orchestration.jobs import CORPUS_GROUPS
 from orchestration.prepare import Prepared
 from orchestration.screen import Screen
 from orchestration.settings import Settings
-from sensors.new_feedback import changed_days, read_checkpoint, write_checkpoint
+from sensors import checkpoint
+from sensors.feedback_days import changed_days, clock, ledger_for_update, read_ledger
+from sensors.feedback_review import mark_reviewed
+from sensors.new_feedback import evaluate
 from storage.warehouse import Warehouse
 
 CHECKPOINT = "moat_run"
+DATASETS = "datasets"
 MODELS = "models"
 OWNER_TAG = "datamoat/process"
+
+# First and last day, as YYYY-MM-DD.
+Span = tuple[str, str]
 
 
 @dataclass
@@ -104,32 +110,36 @@ def inputs_digest(settings: Settings, warehouse: Warehouse, source_files: Iterab
 
 
 def is_current(warehouse: Warehouse, digest: str) -> bool:
-    """Whether the last whole turn saw exactly these inputs, and no event has become readable since."""
+    """Whether the last whole turn saw exactly these inputs, and every event that can be read is folded."""
     with warehouse.connect("digest") as connection:
-        if changed_days(connection, read_checkpoint(connection)).days:
+        ledger = read_ledger(connection)
+        if ledger.days or changed_days(connection, ledger.position).days:
             return False
-        return _read(connection, CHECKPOINT, "inputs") == digest
+        return checkpoint.read(connection, CHECKPOINT).get("inputs") == digest
 
 
 def mark_current(warehouse: Warehouse, digest: str) -> None:
     """Record that a whole turn succeeded on these inputs."""
     with warehouse.connect("digest") as connection:
-        _write(connection, CHECKPOINT, {"inputs": digest})
+        checkpoint.write(connection, CHECKPOINT, {"inputs": digest})
 
 
-def _read(connection: psycopg.Connection[Any], name: str, field: str) -> str | None:
-    row = connection.execute(
-        "select value ->> %s from registry.checkpoint where name = %s", [field, name]
-    ).fetchone()
-    return row[0] if row else None
+# A day without events costs dbt a quarter of a second of processor time, each start of dbt more than four seconds.
+BRIDGED_DAYS = 14
 
 
-def _write(connection: psycopg.Connection[Any], name: str, value: dict[str, str]) -> None:
-    connection.execute(
-        "insert into registry.checkpoint (name, value) values (%s, %s)"
-        " on conflict (name) do update set value = excluded.value, updated_at = now()",
-        [name, Jsonb(value)],
-    )
+def ranges(days: Iterable[str], bridged: int = BRIDGED_DAYS) -> list[Span]:
+    """Days as few ranges (first, last) for dbt to walk; gaps of at most ``bridged`` days are walked too.
+
+    One event of last year must not have every day since folded again.
+    """
+    found: list[Span] = []
+    for day in sorted(days):
+        if found and (date.fromisoformat(day) - date.fromisoformat(found[-1][1])).days <= bridged + 1:
+            found[-1] = (found[-1][0], day)
+        else:
+            found.append((day, day))
+    return found
 
 
 def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path, full: bool = False) -> Turn:
@@ -146,40 +156,95 @@ def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path, fu
     graph = defs.resolve_asset_graph()
     everything = graph.materializable_asset_keys
     corpus = {key for key in everything if graph.get(key).group_name in CORPUS_GROUPS}
+    known = _days(graph, everything).get_partition_keys()
     with dg.DagsterInstance.get() as instance:
         end_orphaned_runs(instance)
         screen.title("Sources to index")
-        with prepared.warehouse.connect("changed days") as connection:
+        with (
+            prepared.warehouse.connect("changed days") as connection,
+            ledger_for_update(connection) as ledger,
+        ):
             # Other models, or another redaction policy, say something else of days long folded.
-            same_models = _read(connection, MODELS, "digest") == prepared.models
-            since = read_checkpoint(connection) if same_models and not full else 0
-            changed = changed_days(connection, since)
-        _execute(defs, instance, corpus, [], done, screen, log)
-        stopped = {dg.AssetKey.from_user_string(name) for name in done.failed}
-        behind = descendants(graph, stopped)
-        known = _days(graph, everything).get_partition_keys()
-        partitions = sorted({day.isoformat() for day in changed.days} & set(known))
-        if early := len(changed.days) - len(partitions):
+            same_models = checkpoint.read(connection, MODELS).get("digest") == prepared.models
+            since = ledger.position if same_models and not full else 0
+            changes = changed_days(connection, since)
+            early = ledger.take_in(changes, known[0])
+            if not ledger.days and since == 0:
+                # No feedback yet: an empty day makes the tables that everything after the days reads.
+                ledger.open(known[-1], changes.horizon, clock(connection))
+            checkpoint.write(connection, MODELS, {"digest": prepared.models})
+            done.days = sorted(set(known) & ledger.days.keys())
+        failed = _execute(defs, instance, corpus, None, done, screen, log)
+        behind = descendants(graph, failed)
+        if early:
             screen.line(
                 "feedback",
-                f"{early} days before {known[0]} wait for an earlier DATAMOAT_START_DATE",
+                f"{len(early)} days before {known[0]} wait for an earlier DATAMOAT_START_DATE",
                 "yellow",
             )
-        if not partitions and since == 0:
-            # No feedback yet: an empty day makes the tables that everything after the days reads.
-            partitions = [known[-1]]
-        rest = everything - corpus - behind
-        if not partitions:
-            rest = {key for key in rest if not graph.get(key).is_partitioned}
         screen.title("Feedback to datasets")
-        _execute(defs, instance, rest, partitions, done, screen, log)
-        done.failed += [key.to_user_string() for key in sorted(behind - corpus)]
-        done.days = partitions
-    if not done.failed:
-        with prepared.warehouse.connect("changed days") as connection:
-            write_checkpoint(connection, changed.horizon)
-            _write(connection, MODELS, {"digest": prepared.models})
+        failed |= behind - corpus
+
+        def folded(first: str, last: str) -> None:
+            with (
+                prepared.warehouse.connect("folded days") as connection,
+                ledger_for_update(connection) as now,
+            ):
+                for day in done.days:
+                    if first <= day <= last:
+                        now.folded(day, changes.horizon)
+
+        failed |= fold_days(
+            graph,
+            everything - corpus - behind,
+            ranges(done.days),
+            lambda selection, span: _execute(defs, instance, selection, span, done, screen, log),
+            folded,
+        )
+        with prepared.warehouse.connect("folded days") as connection:
+            now = read_ledger(connection)
+            if not {key for key in failed if graph.get(key).group_name == DATASETS}:
+                mark_reviewed(connection, min(ledger.position, now.folded_upto))
+        if ledger.given_up() != now.given_up():
+            instance.report_runless_asset_event(evaluate(now))
+    done.failed = [key.to_user_string() for key in sorted(failed)]
     return done
+
+
+def fold_days(
+    graph: Any,
+    selection: AbstractSet[dg.AssetKey],
+    spans: Sequence[Span],
+    execute: Callable[[AbstractSet[dg.AssetKey], Span | None], set[dg.AssetKey]],
+    folded: Callable[[str, str], None],
+) -> set[dg.AssetKey]:
+    """Run ``selection`` for every span of days: what the days need once before them, what needs them once after.
+
+    Args:
+        execute: Runs assets, for a span if they are daily; returns those that failed.
+        folded: Told of each span whose daily assets all succeeded; a failure elsewhere does not count.
+
+    Returns:
+        Everything that failed or was left out.
+    """
+    partitioned = {key for key in graph.materializable_asset_keys if graph.get(key).is_partitioned}
+    daily = partitioned & selection
+    after = (descendants(graph, partitioned) - partitioned) & selection
+    before = selection - daily - after
+    needed = {key for key in before if descendants(graph, [key]) & daily}
+    if not spans:
+        return execute(before | after, None)
+    failed: set[dg.AssetKey] = set()
+    for span in spans:
+        chosen = daily | (before if span == spans[0] else set()) | (after if span == spans[-1] else set())
+        now = execute(chosen, span)
+        failed |= now
+        if not (partitioned | needed) & now and daily == partitioned:
+            folded(*span)
+        if needed & now:
+            # Later days folded without it would pass for good.
+            return failed | daily | after
+    return failed
 
 
 def _days(graph: Any, keys: Iterable[dg.AssetKey]) -> dg.PartitionsDefinition[str]:
@@ -190,17 +255,17 @@ def _execute(
     defs: dg.Definitions,
     instance: dg.DagsterInstance,
     selection: AbstractSet[dg.AssetKey],
-    days: Sequence[str],
+    days: Span | None,
     done: Turn,
     screen: Screen,
     log: Path,
-) -> None:
-    """One Dagster run over ``selection``; days become one range, which dbt walks batch by batch."""
+) -> set[dg.AssetKey]:
+    """One Dagster run over ``selection``, of a range of days if given; what failed, was stopped or closed its gate."""
     tags = {OWNER_TAG: f"{socket.gethostname()}:{os.getpid()}"}
     if days:
         tags |= {
             "dagster/asset_partition_range_start": days[0],
-            "dagster/asset_partition_range_end": days[-1],
+            "dagster/asset_partition_range_end": days[1],
         }
     use_screen(screen)
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -225,23 +290,51 @@ def _execute(
             done.embedded += figures["embedded"]
             done.embedding_seconds += figures["seconds"]
     closed = closed_gates(instance, defs.resolve_asset_graph()) & selection
-    done.failed += [key.to_user_string() for key in sorted((selection - written) | closed)]
+    return (set(selection) - written) | closed
 
 
 def end_orphaned_runs(instance: dg.DagsterInstance) -> list[str]:
     """Mark runs that a killed ``moat run`` on this machine left unfinished as failed; their ids."""
     ended = []
-    unfinished = dg.RunsFilter(
-        statuses=[dg.DagsterRunStatus.STARTED, dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.NOT_STARTED]
-    )
-    for run in instance.get_runs(unfinished):
+    for run in _unfinished(instance):
         host, _, process = run.tags.get(OWNER_TAG, "").rpartition(":")
         if host == socket.gethostname() and not _is_alive(int(process)):
-            instance.report_run_failed(run, "the process that executed this run was killed")
-            # Its claims on pools outlive it, and the next run would wait for them for ever.
-            instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+            _end(instance, run)
             ended.append(run.run_id)
     return ended
+
+
+def end_left_over_runs(settings: Settings) -> list[str]:
+    """Mark runs that an earlier ``moat dev`` was stopped or killed in as failed, before another starts; their ids.
+
+    Nobody else runs anything in a deployment with an embedded database; with an external one another machine may.
+    """
+    if settings.database_url is not None:
+        return []
+    with dg.DagsterInstance.get() as instance:
+        left_over = [run for run in _unfinished(instance) if OWNER_TAG not in run.tags]
+        for run in left_over:
+            _end(instance, run)
+    return [run.run_id for run in left_over]
+
+
+def _unfinished(instance: dg.DagsterInstance) -> Sequence[dg.DagsterRun]:
+    return instance.get_runs(
+        dg.RunsFilter(
+            statuses=[
+                dg.DagsterRunStatus.STARTED,
+                dg.DagsterRunStatus.STARTING,
+                dg.DagsterRunStatus.NOT_STARTED,
+                dg.DagsterRunStatus.CANCELING,
+            ]
+        )
+    )
+
+
+def _end(instance: dg.DagsterInstance, run: dg.DagsterRun) -> None:
+    instance.report_run_failed(run, "the process that executed this run was killed")
+    # Its claims on pools outlive it, and the next run would wait for them for ever.
+    instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
 
 
 def _is_alive(process: int) -> bool:

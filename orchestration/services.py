@@ -1,11 +1,13 @@
 """Child processes: the feedback service, and Dagster's UI and daemon.
 
-Belongs here: starting them with the right environment and stopping them. Does not belong here: what they do.
+Belongs here: starting them with the right environment, once for a deployment, and stopping them. Does not belong
+here: what they do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import signal
 import socket
@@ -14,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +33,33 @@ HOST = "127.0.0.1"
 
 class ServiceError(Exception):
     """A child process did not start; the message says which and where its log is."""
+
+
+@contextmanager
+def only_one(settings: Settings) -> Iterator[None]:
+    """Hold the deployment's services for as long as the block runs.
+
+    Two daemons on one deployment would both request what the sensors find.
+
+    Raises:
+        ServiceError: Another process holds them; the message names it.
+    """
+    path = settings.folder / "dev.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ServiceError(
+                f"the services of {settings.folder} are running already: {file.read().strip() or 'they just started'}."
+                " Use those, or stop them with Ctrl-C where they were started."
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} since {datetime.now().astimezone():%Y-%m-%d %H:%M}\n")
+        file.flush()
+        # The kernel drops the lock with the process, however it ends; children close the file when they start.
+        yield
 
 
 def environment(settings: Settings, prepared: Prepared) -> dict[str, str]:
@@ -56,10 +86,19 @@ def free_port(wanted: int) -> int:
         return port
 
 
-def start_feedback(settings: Settings, prepared: Prepared, port: int) -> subprocess.Popen[bytes]:
-    """Start the feedback service; its output goes to ``<deployment>/logs/feedback.log``."""
+def start_feedback(
+    settings: Settings, prepared: Prepared, port: int, search: str | None = None
+) -> subprocess.Popen[bytes]:
+    """Start the feedback service; its output goes to ``<deployment>/logs/feedback.log``.
+
+    Args:
+        search: The function that answers its ask page, as ``module:function``.
+    """
     return _start(
-        [sys.executable, "-m", "feedback", "serve", "--host", HOST, "--port", str(port)],
+        [
+            *(sys.executable, "-m", "feedback", "serve", "--host", HOST, "--port", str(port)),
+            *(("--search", search) if search else ()),
+        ],
         settings.folder / "logs" / "feedback.log",
         {
             **environment(settings, prepared),

@@ -6,6 +6,7 @@ writes a file.
 
 from __future__ import annotations
 
+import math
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ class Settings:
         data_dir: Public data sets that examples read (``DATAMOAT_DATA_DIR``, default ``<root>/../shared/data``).
         embedding_model: A local model folder (``EMBEDDING_MODEL``); None takes the installed MiniLM.
         start_date: The first daily partition (``DATAMOAT_START_DATE``, ``YYYY-MM-DD``).
+        feedback_min_events: Feedback events that start a run of the training sets (``DATAMOAT_FEEDBACK_MIN_EVENTS``).
+        feedback_max_age_hours: One event starts it after so long (``DATAMOAT_FEEDBACK_MAX_AGE_HOURS``).
     """
 
     root: Path
@@ -52,6 +55,8 @@ class Settings:
     data_dir: Path
     embedding_model: Path | None
     start_date: str = "2025-01-01"
+    feedback_min_events: int = 100
+    feedback_max_age_hours: float = 24
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
@@ -81,6 +86,8 @@ class Settings:
             data_dir=Path(environment.get("DATAMOAT_DATA_DIR") or ROOT.parent / "shared" / "data").absolute(),
             embedding_model=Path(model).absolute() if (model := environment.get("EMBEDDING_MODEL")) else None,
             start_date=start_date,
+            feedback_min_events=int(_number(environment, "DATAMOAT_FEEDBACK_MIN_EVENTS", 100, least=1)),
+            feedback_max_age_hours=_number(environment, "DATAMOAT_FEEDBACK_MAX_AGE_HOURS", 24, least=0.1),
         )
 
     @property
@@ -102,6 +109,11 @@ class Settings:
     def api_key_file(self) -> Path:
         """The feedback service's key for this deployment's own loaders."""
         return self.folder / "secrets" / "api.key"
+
+    @property
+    def person_key_file(self) -> Path:
+        """The key with which the person at this machine signs in to the feedback service's pages."""
+        return self.folder / "secrets" / "person.key"
 
     @property
     def analyst_key_file(self) -> Path:
@@ -146,3 +158,16 @@ class Settings:
             "DATAMOAT_DATA_DIR": str(self.data_dir),
             "SITE_PACKAGES": sysconfig.get_paths()["purelib"],
         }
+
+
+def _number(environment: Mapping[str, str], name: str, default: float, *, least: float) -> float:
+    text = environment.get(name)
+    if not text:
+        return default
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not least <= value < math.inf:
+        raise SettingsError(f"{name}={text}: give a number of at least {least:g}, such as {default:g}.")
+    return value

@@ -56,12 +56,14 @@ def feedback(data_dir: Path) -> Iterator[dict[str, Any]]:
         for pair in row["preferences"]:
             a, b = _interaction(row, pair["a"]), _interaction(row, pair["b"])
             chosen, rejected = (b, a) if pair["winner"] == "b" else (a, b)
-            tied = pair["winner"] == "tie"
+            value: dict[str, Any] = {"chosen": chosen, "rejected": rejected}
+            if pair["winner"] == "tie":
+                value = {"tied": [a, b]}
             yield _event(row, at, f"preference/{pair['a']}/{pair['b']}") | {
                 "kind": "preference",
                 "name": "preferred_answer",
                 "label": pair["winner"],
-                "value": {"tied": [a, b]} if tied else {"chosen": chosen, "rejected": rejected},
+                "value": value,
                 "interaction_id": chosen,
             }
         judged = row["feedback_on_prediction_1"]

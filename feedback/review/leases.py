@@ -51,7 +51,7 @@ class Assignment:
     control: bool | None
 
 
-class LostLease(Exception):
+class LostLease(LookupError):
     """The lease has expired, was given up, or somebody else has the slot; claim again (a draft can be kept)."""
 
 
@@ -187,10 +187,10 @@ async def note(
 
 
 async def read_item(connection: Connection, item_id: UUID) -> Item:
-    """An item with its interaction and what was said about it. Raises LookupError if it is not (any more) there."""
+    """An item with its interaction and what was said about it. Raises LostLease if it is not (any more) there."""
     row = await connection.fetchrow(_ITEM, item_id)
     if row is None:
-        raise LookupError(f"there is no item {item_id}")
+        raise lost()
     said = await connection.fetch(_FEEDBACK, row["interaction_id"])
     return Item(
         item_id=item_id,

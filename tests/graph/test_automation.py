@@ -122,3 +122,29 @@ def test_it_does_not_wait_for_every_daily_partition(instance: dg.DagsterInstance
         defs=defs, asset_selection=dg.AssetSelection.all(), instance=instance, cursor=first.cursor
     )
     assert second.get_num_requested(dg.AssetKey("mart")) == 1
+
+
+def test_a_quiet_upstream_is_no_reason_to_run(instance: dg.DagsterInstance) -> None:
+    @dg.asset
+    def log() -> None: ...
+
+    @dg.asset
+    def table() -> None: ...
+
+    @dg.asset(deps=[log, table], automation_condition=gated_eager(quiet=dg.AssetSelection.assets("log")))
+    def view() -> None: ...
+
+    defs = dg.Definitions(assets=[log, table, view])
+    job = defs.resolve_implicit_global_asset_job_def()
+    job.execute_in_process(instance=instance)
+    cursor: Any = None
+    requested = []
+    for name in (None, "log", "table"):
+        if name:
+            job.execute_in_process(instance=instance, asset_selection=[dg.AssetKey(name)])
+        result = dg.evaluate_automation_conditions(
+            defs=defs, asset_selection=dg.AssetSelection.all(), instance=instance, cursor=cursor
+        )
+        cursor = result.cursor
+        requested.append(result.get_num_requested(dg.AssetKey("view")))
+    assert requested == [0, 0, 1]

@@ -11,6 +11,7 @@ from typing import Any
 import dagster as dg
 import pytest
 
+from assets.datasets.assets import TRAINING_SIGNALS
 from orchestration.build import build_defs
 from orchestration.prepare import write_manifest
 from orchestration.settings import ROOT, Settings
@@ -145,12 +146,23 @@ def test_a_source_that_may_not_be_retrieved_has_no_index(tmp_path: Path, setting
 
 
 def test_no_asset_has_two_mechanisms(defs: dg.Definitions) -> None:
-    """Automation conditions, the feedback sensor's job and the re-index job do not overlap."""
+    """What automation conditions, the feedback sensors and the re-index job wake does not overlap."""
     graph = defs.resolve_asset_graph()
     eager = {key for key in graph.materializable_asset_keys if graph.get(key).automation_condition}
-    by_sensor = set(job_assets(defs, "feedback_day"))
-    assert not eager & by_sensor
+    daily, review = set(job_assets(defs, "feedback_day")), set(job_assets(defs, "feedback_review"))
+    assert not eager & daily
     assert not [key for key in eager if key.path[0] in ("raw", "vectors", "index", "embedding_dataset")]
+    # Training sets wait for a batch; the signals they are made of come with each day.
+    assert review == {key for key in graph.materializable_asset_keys if key.path[0] == "datasets"}
+    assert TRAINING_SIGNALS in daily
+    assert not review & (eager | daily)
+
+
+def test_a_day_is_folded_after_its_texts_are_redacted(defs: dg.Definitions) -> None:
+    upstream = defs.resolve_job_def("feedback_day").dependency_structure.input_to_upstream_outputs_for_node
+    assert "feedback__redaction" in {
+        output.node_name for outputs in upstream("dbt_daily").values() for output in outputs
+    }
 
 
 def job_assets(defs: dg.Definitions, name: str) -> Any:
@@ -161,11 +173,11 @@ def test_sensors_and_schedules_run_by_default(defs: dg.Definitions) -> None:
     repository = defs.get_repository_def()
     assert {sensor.name: sensor.default_status.value for sensor in repository.sensor_defs} == {
         "new_feedback": "RUNNING",
+        "feedback_review": "RUNNING",
         "automation": "RUNNING",
     }
     assert {schedule.name for schedule in repository.schedule_defs} == {
         "nightly_reindex",
         "nightly_marts",
-        "monthly_feedback_review",
         "weekly_retention",
     }

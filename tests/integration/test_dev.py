@@ -183,6 +183,27 @@ def test_a_backfill_launched_in_the_browser_completes(dev: Dev, page: Page) -> N
     assert found[0]["numPartitions"] == 3
 
 
+def test_the_printed_link_signs_in_and_questions_are_answered_from_the_index(dev: Dev, page: Page) -> None:
+    (link,) = [line.split()[-1] for line in dev.output.read_text().splitlines() if line.startswith("sign in")]
+    assert dev.deployment.settings.person_key_file.stat().st_mode & 0o077 == 0
+    page.goto(link)
+    expect(page.get_by_role("button", name="Sign out")).to_be_visible()
+    answer = page.request.post(
+        f"{dev.feedback}/ask/api/ask",
+        data={"question": "how far does the valve of machine 3 close?"},
+        headers={"Origin": dev.feedback},
+    )
+    assert answer.ok, answer.text()
+    assert "The valve of machine 3 closes at 30 bar" in answer.json()["html"]
+
+
+def test_a_second_one_for_the_deployment_is_refused(dev: Dev) -> None:
+    second = dev.deployment.moat("dev")
+    assert second.returncode == 1
+    assert f"running already: process {dev.process.pid}" in second.stderr
+    assert "Ctrl-C" in second.stderr
+
+
 def test_a_thumb_reaches_the_mart_with_no_further_command(dev: Dev) -> None:
     key = dev.deployment.settings.api_key_file.read_text().strip()
     answer = httpx.post(
@@ -209,7 +230,10 @@ def test_a_thumb_reaches_the_mart_with_no_further_command(dev: Dev) -> None:
         for run in dev.runs()
         if run["jobName"] == "feedback_day"
     ]
-    assert [tags["dagster/partition"] for tags in asked_for] == ["2026-03-20"]
+    # The questions of the ask page are interactions of today.
+    assert "2026-03-20" in [tags["dagster/partition"] for tags in asked_for]
+    # Nor did one thumb start any training set.
+    assert "feedback_review" not in [run["jobName"] for run in dev.runs()]
 
 
 def test_ctrl_c_stops_everything(dev: Dev) -> None:

@@ -35,3 +35,17 @@ def test_a_start_date_that_is_none_says_so(day: str) -> None:
 def test_an_unknown_example_names_those_there_are() -> None:
     with pytest.raises(SettingsError, match="feedbackqa, mlqe_pe, qa_feedback, support"):
         Settings.from_environment({"EXAMPLE": "suport"})
+
+
+def test_when_training_sets_are_made_can_be_set() -> None:
+    settings = Settings.from_environment(
+        {"DATAMOAT_FEEDBACK_MIN_EVENTS": "5", "DATAMOAT_FEEDBACK_MAX_AGE_HOURS": "0.5"}
+    )
+    assert (settings.feedback_min_events, settings.feedback_max_age_hours) == (5, 0.5)
+
+
+@pytest.mark.parametrize("name", ["DATAMOAT_FEEDBACK_MIN_EVENTS", "DATAMOAT_FEEDBACK_MAX_AGE_HOURS"])
+@pytest.mark.parametrize("value", ["many", "0", "-1", "nan", "inf"])
+def test_a_batch_that_is_none_says_so(name: str, value: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name}={value}.*at least"):
+        Settings.from_environment({name: value})
