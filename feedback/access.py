@@ -4,6 +4,7 @@ Belongs here: looking a key up, its scopes, its rate. Does not belong here: maki
 signed tokens of browsers (``feedback.tokens``), or any route.
 """
 
+import asyncio
 import hashlib
 import time
 from dataclasses import dataclass, field
@@ -12,10 +13,11 @@ from starlette.requests import Request
 
 from feedback import log
 from feedback.answers import Error
-from feedback.http import Refused, forbidden
+from feedback.http import Refused, forbidden, header
 
 KEY_CACHE_SECONDS = 5.0
 KEY_CACHE_SIZE = 1024
+MAX_QUESTIONS = 2
 
 
 @dataclass
@@ -59,18 +61,25 @@ class _Known:
     bucket: Bucket | None
 
 
+def bearer(request: Request) -> str:
+    """What ``Authorization: Bearer`` carries, or an empty text."""
+    scheme, _, token = header(request, b"authorization").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else ""
+
+
 @dataclass
 class Access:
     """Recognises keys; remembers those seen within the last seconds. Rates hold per worker process."""
 
     pool: log.Pool
     _known: dict[str, _Known] = field(default_factory=dict)
+    _asked: "dict[str, asyncio.Future[_Known]]" = field(default_factory=dict)
+    # A flood of unknown keys must leave connections to those who write.
+    _questions: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_QUESTIONS))
 
     async def caller(self, request: Request, scope: str) -> Caller:
         """Who sent this request. Raises Refused: 401 unknown, 403 without ``scope``, 429 too often."""
-        scheme, _, token = request.headers.get("authorization", "").partition(" ")
-        key = token.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-        caller = await self.holder_of(key)
+        caller = await self.holder_of(bearer(request) or header(request, b"x-api-key"))
         if scope not in caller.scopes:
             raise forbidden(
                 f"The API key may not do this: it lacks scope {scope}", f"Use a key with scope {scope}"
@@ -81,10 +90,9 @@ class Access:
         """Whose key ``key`` is; takes one request from its rate. Raises Refused with 401 or 429."""
         if not key:
             raise unauthorized("No API key was sent")
-        key_hash = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-        known = self._known.get(key_hash)
+        known = self._known.get(key)
         if known is None or known.until < time.monotonic():
-            known = await self._look_up(key_hash)
+            known = await self._look_up(key)
         wait = known.bucket.wait() if known.bucket else 0.0
         if wait:
             raise Refused(
@@ -98,14 +106,24 @@ class Access:
             )
         return known.caller
 
-    async def _look_up(self, key_hash: str) -> _Known:
-        before = self._known.pop(key_hash, None)
-        rows = await log.fetch(
-            self.pool,
-            "SELECT key_id::text, app, scopes, holder, requests_per_second, burst FROM feedback.api_key"
-            " WHERE key_sha256 = $1 AND revoked_at IS NULL",
-            key_hash,
-        )
+    async def _look_up(self, key: str) -> _Known:
+        """Ask the database, once for all who want to know the same key at the same time."""
+        asked = self._asked.get(key)
+        if asked is None:
+            asked = self._asked[key] = asyncio.ensure_future(self._ask(key))
+            asked.add_done_callback(lambda _: self._asked.pop(key))
+        return await asyncio.shield(asked)
+
+    async def _ask(self, key: str) -> _Known:
+        before = self._known.pop(key, None)
+        key_sha256 = hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+        async with self._questions:
+            rows = await log.fetch(
+                self.pool,
+                "SELECT key_id::text, app, scopes, holder, requests_per_second, burst FROM feedback.api_key"
+                " WHERE key_sha256 = $1 AND revoked_at IS NULL",
+                key_sha256,
+            )
         if not rows:
             raise unauthorized("The API key is unknown or revoked")
         key_id, app, scopes, holder, rate, burst = rows[0]
@@ -117,7 +135,7 @@ class Access:
         known = _Known(
             Caller(key_id, app, tuple(scopes), holder), time.monotonic() + KEY_CACHE_SECONDS, bucket
         )
-        self._known[key_hash] = known
+        self._known[key] = known
         return known
 
 

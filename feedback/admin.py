@@ -10,17 +10,27 @@ from datetime import datetime
 from typing import Annotated, Any
 from uuid import UUID
 
+import msgspec
 import psycopg
 from fastapi import APIRouter, Body, Depends, Query, Request
 from psycopg.rows import dict_row
 from pydantic import BaseModel, Field
 
-from feedback import keys
+from feedback import dead_letters, keys, openapi
 from feedback.access import Caller
 from feedback.answers import Error
 from feedback.http import Refused, not_found
 from feedback.log import Unavailable
 from feedback.service import ADMIN_ROLE, Service
+
+_REFUSALS: dict[int | str, dict[str, Any]] = {
+    401: openapi.response("No valid API key", "ErrorBody"),
+    403: openapi.response("The key lacks scope admin", "ErrorBody"),
+    404: openapi.response("There is none such", "ErrorBody"),
+    422: openapi.response("Invalid; the field and the remedy are named", "ErrorBody"),
+    429: openapi.response("The key is used more often than it may be; see Retry-After", "ErrorBody"),
+    503: openapi.response("The database is away; see Retry-After", "ErrorBody"),
+}
 
 
 class NewKey(BaseModel):
@@ -53,7 +63,7 @@ class MadeKey(Key):
 
 
 class DeadLetter(BaseModel):
-    """A row that passed validation and that Postgres refused."""
+    """A row that passed validation and that Postgres refused, without what people wrote."""
 
     dead_letter_id: UUID
     log: str
@@ -62,7 +72,14 @@ class DeadLetter(BaseModel):
     api_key_id: UUID
     received_at: datetime
     replayed_at: datetime | None
-    outcome: str | None
+    outcome: str | None = Field(description="Of the last replay")
+
+
+class Replayed(BaseModel):
+    """What became of a dead letter that was appended again."""
+
+    status: str = Field(description="created, duplicate, conflict, or invalid if Postgres refused it again")
+    reason: str | None
 
 
 class AuditLine(BaseModel):
@@ -84,7 +101,7 @@ def router(service: Service) -> APIRouter:
         return await service.access.caller(request, "admin")
 
     Admin = Annotated[Caller, Depends(admin)]
-    api = APIRouter(prefix="/v1/admin", tags=["admin"])
+    api = APIRouter(prefix="/v1/admin", tags=["admin"], responses=_REFUSALS)
 
     # Plain functions: Starlette runs them in threads, so that admin work never holds up the capture of feedback.
     @api.get("/keys", summary="List keys, without their secrets")
@@ -126,7 +143,29 @@ def router(service: Service) -> APIRouter:
             ).fetchall()
         return [AuditLine(**row) for row in rows]
 
+    @api.get("/dead-letters", summary="Rows that Postgres refused, oldest first")
+    async def list_dead_letters(
+        _: Admin,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        replayed: Annotated[bool, Query(description="Those replayed already too")] = False,
+    ) -> list[DeadLetter]:
+        letters = await dead_letters.list_dead_letters(service.admin, limit=limit, replayed=replayed)
+        return [DeadLetter(**msgspec.structs.asdict(letter)) for letter in letters]
+
+    @api.post("/dead-letters/{dead_letter_id}/replay", summary="Append a refused row again")
+    async def replay_dead_letter(caller: Admin, dead_letter_id: UUID) -> Replayed:
+        outcome = await dead_letters.replay(service.admin, dead_letter_id, _actor(caller))
+        if outcome is None:
+            raise not_found(
+                f"There is no dead letter {dead_letter_id}", "GET /v1/admin/dead-letters lists them"
+            )
+        return Replayed(status=outcome.status, reason=outcome.reason)
+
     return api
+
+
+def _actor(caller: Caller) -> str:
+    return f"{caller.holder or caller.app} (key {caller.key_id})"
 
 
 @contextmanager
@@ -134,7 +173,7 @@ def _connection(service: Service, caller: Caller) -> Iterator[psycopg.Connection
     """A transaction as the admin role, in the caller's name. Raises Refused with 422, or Unavailable."""
     try:
         with psycopg.connect(service.database_url, connect_timeout=5) as conn:
-            keys.act_as(conn, f"{caller.holder or caller.app} (key {caller.key_id})", ADMIN_ROLE)
+            keys.act_as(conn, _actor(caller), ADMIN_ROLE)
             yield conn
     except keys.KeyRefused as error:
         raise Refused(422, Error("invalid", str(error))) from None

@@ -4,13 +4,14 @@ Belongs here: putting rooms together, health, the page of the API.
 Does not belong here: what a room does, or the process that serves the app (``feedback.server``).
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI
 from starlette.responses import HTMLResponse
 
-from feedback import capture, log, openapi
+from feedback import admin, capture, compat, log, metrics, openapi, pages, state, tokens, widget
+from feedback.front import Front
 from feedback.http import install_errors
 from feedback.service import Service
 
@@ -18,16 +19,24 @@ _DOCS = Path(__file__).with_name("docs.html")
 _DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 # Each room brings its routes, plain Starlette made from the service, and their description.
-ROOMS = (capture,)
+ROOMS = (capture, compat, tokens, state, widget, metrics, pages)
 
 
-def create_app(database_url: str, *, pseudonym_key: bytes) -> FastAPI:
+def create_app(
+    database_url: str,
+    *,
+    pseudonym_key: bytes,
+    allowed_origins: Sequence[str] = (),
+    search: str | None = None,
+) -> Front:
     """The service over the database at ``database_url`` (libpq form).
 
     ``pseudonym_key`` turns people's ids into pseudonyms; with another key the same person looks like another one.
+    Pages of ``allowed_origins`` may call the API. ``search`` names the ask page's function, as ``module:function``.
     """
-    service = Service(database_url, pseudonym_key)
-    app = FastAPI(
+    service = Service(database_url, pseudonym_key, search, _observe)
+    app = Front(
+        allowed_origins=allowed_origins,
         title="Datamoat feedback",
         description=openapi.DESCRIPTION,
         version="1",
@@ -41,7 +50,10 @@ def create_app(database_url: str, *, pseudonym_key: bytes) -> FastAPI:
     paths: dict[str, Any] = {}
     for room in ROOMS:
         app.router.routes.extend(room.routes(service))
-        paths |= room.OPENAPI
+        for path, operations in room.OPENAPI.items():
+            paths[path] = paths.get(path, {}) | operations
+    app.direct = {route.path: route.endpoint for route in capture.routes(service)}
+    app.include_router(admin.router(service))
     docs = _DOCS.read_text(encoding="utf-8")
 
     @app.get("/healthz", summary="Is the process alive?", tags=["health"])
@@ -59,3 +71,9 @@ def create_app(database_url: str, *, pseudonym_key: bytes) -> FastAPI:
 
     openapi.install(app, paths)
     return app
+
+
+def _observe(log_name: str, rows: int, waiting: int, seconds: float) -> None:
+    metrics.FLUSH_ROWS.labels(log_name).observe(rows)
+    metrics.FLUSH_SECONDS.labels(log_name).observe(seconds)
+    metrics.WAITING_ROWS.labels(log_name).set(waiting)

@@ -4,24 +4,25 @@ Belongs here: rows made from payloads, what is answered for each item. Every way
 Does not belong here: validation rules (``feedback.payloads``), SQL (``feedback.log``), other formats.
 """
 
+import functools
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
+import prometheus_client
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from feedback import log, openapi
-from feedback.access import Caller
+from feedback import log, metrics, openapi, tokens
+from feedback.access import Caller, bearer
 from feedback.answers import BatchResult, Error, ErrorBody, ItemResult
 from feedback.http import Refused, answer, read_body
 from feedback.ids import pseudonym, uuid7
 from feedback.payloads import (
-    FeedbackEvent,
-    Interaction,
     PayloadError,
     body_sha256,
     item_id,
@@ -34,8 +35,7 @@ from feedback.service import Service
 MAX_ITEMS = 1000
 
 
-@dataclass(frozen=True)
-class Accepted:
+class Accepted(NamedTuple):
     """A valid item on its way into the log."""
 
     id: str
@@ -53,7 +53,7 @@ class Kind:
 
 def prepare_interaction(raw: bytes, caller: Caller, pseudonym_key: bytes, now: datetime) -> Accepted:
     """Validate an interaction and make its row. Raises PayloadError."""
-    item: Interaction = parse_interaction(raw)
+    item = parse_interaction(raw)
     if item.app not in (None, caller.app):
         raise PayloadError(
             f"The API key belongs to app {caller.app}",
@@ -74,18 +74,31 @@ def prepare_interaction(raw: bytes, caller: Caller, pseudonym_key: bytes, now: d
     return Accepted(item.interaction_id, row)
 
 
-def prepare_event(raw: bytes, caller: Caller, pseudonym_key: bytes, now: datetime) -> Accepted:
-    """Validate a feedback event and make its row. Raises PayloadError."""
-    item: FeedbackEvent = parse_event(raw)
-    author_ref = pseudonym(pseudonym_key, caller.app, item.author_id) if item.author_id else None
-    event_id = item.event_id or uuid7()
+def prepare_event(
+    raw: bytes,
+    caller: Caller,
+    pseudonym_key: bytes,
+    now: datetime,
+    claims: tokens.Claims | None = None,
+) -> Accepted:
+    """Validate a feedback event and make its row; ``claims`` are those of the token it came with, if it did.
+
+    Raises PayloadError.
+    """
+    if claims is None:
+        item = parse_event(raw)
+        author_ref = pseudonym(pseudonym_key, caller.app, item.author_id) if item.author_id else None
+    else:
+        item = parse_event(raw, functools.partial(tokens.bind, claims))
+        author_ref = claims.author_ref
+    event_id = str(item.event_id or uuid7())
     # A create without a feedback_id takes its event_id, so that a retry of it is answered with the same one.
-    feedback_id = item.feedback_id or event_id
+    feedback_id = str(item.feedback_id) if item.feedback_id else event_id
     row = msgspec.structs.asdict(item)
     del row["author_id"]
     row |= {
-        "event_id": str(event_id),
-        "feedback_id": str(feedback_id),
+        "event_id": event_id,
+        "feedback_id": feedback_id,
         "revision": item.revision if item.revision is not None else (1 if item.op == "create" else 2),
         "name": item.name or item.kind,
         "author_ref": author_ref,
@@ -93,7 +106,7 @@ def prepare_event(raw: bytes, caller: Caller, pseudonym_key: bytes, now: datetim
         "api_key_id": caller.key_id,
         "body_sha256": body_sha256(item, author_ref),
     }
-    return Accepted(str(event_id), row, str(feedback_id))
+    return Accepted(event_id, row, feedback_id)
 
 
 INTERACTIONS = Kind(log.INTERACTIONS, prepare_interaction)
@@ -134,13 +147,29 @@ async def accept(service: Service, caller: Caller, kind: Kind, items: Sequence[b
     now = datetime.now(UTC)
     prepared = [_prepared(item, kind, caller, service.pseudonym_key, now) for item in items]
     accepted = [item for item in prepared if isinstance(item, Accepted)]
-    outcomes = iter(await log.append(service.ingest, kind.log, [item.row for item in accepted]))
-    return [_stored(item, next(outcomes)) if isinstance(item, Accepted) else item for item in prepared]
+    writer = service.writers[kind.log]
+    outcomes = iter(await writer.append([item.row for item in accepted], sum(map(len, items))))
+    results = [_stored(item, next(outcomes)) if isinstance(item, Accepted) else item for item in prepared]
+    for status, count in Counter(result.status for result in results).items():
+        _items(kind.log.name, status).inc(count)
+    return results
+
+
+@functools.cache
+def _items(log_name: str, status: str) -> prometheus_client.Counter:
+    return metrics.ITEMS.labels(log_name, status)
 
 
 def _endpoint(service: Service, kind: Kind) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
-        caller = await service.access.caller(request, "ingest")
+        token = bearer(request)
+        if kind is EVENTS and token.startswith(tokens.PREFIX):
+            claims = await tokens.verify(service, token)
+            caller = claims.caller
+            sent = Kind(log.EVENTS, functools.partial(prepare_event, claims=claims))
+        else:
+            caller = await service.access.caller(request, "ingest")
+            sent = kind
         body = await read_body(request, gzip=True)
         try:
             parts, single = split(body)
@@ -155,7 +184,7 @@ def _endpoint(service: Service, kind: Kind) -> Callable[[Request], Awaitable[Res
                     remedy=f"Send at most {MAX_ITEMS} items per request",
                 ),
             )
-        results = await accept(service, caller, kind, parts)
+        results = await accept(service, caller, sent, parts)
         return _answer_single(results[0]) if single else _answer_batch(results)
 
     return endpoint
@@ -171,6 +200,8 @@ def _prepared(
 
 
 def _stored(item: Accepted, outcome: log.Outcome) -> ItemResult:
+    if outcome.status == "unknown":
+        raise log.Unavailable(f"{item.id}: {outcome.reason}")
     error = None
     if outcome.status == "invalid":
         error = Error(

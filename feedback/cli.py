@@ -3,22 +3,32 @@
 Belongs here: reading options and the environment, printing. Does not belong here: any work of its own.
 """
 
+import functools
 import getpass
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 from uuid import UUID
 
 import psycopg
 import typer
+
+if TYPE_CHECKING:
+    from feedback import log
+
+T = TypeVar("T")
 
 app = typer.Typer(
     help="The feedback capture service.", no_args_is_help=True, pretty_exceptions_show_locals=False
 )
 key_app = typer.Typer(help="API keys of the apps that send feedback.", no_args_is_help=True)
 app.add_typer(key_app, name="key")
+dead_letter_app = typer.Typer(
+    help="Rows that Postgres refused after validation, kept until they are replayed.", no_args_is_help=True
+)
+app.add_typer(dead_letter_app, name="dead-letter")
 
 DatabaseUrl = Annotated[
     str,
@@ -39,8 +49,15 @@ def serve(
             help="Secret that turns people's ids into pseudonyms; made if missing. Back it up.",
         ),
     ] = Path(".datamoat/pseudonym.key"),
+    search: Annotated[
+        str | None,
+        typer.Option(
+            envvar="DATAMOAT_SEARCH", help="Function behind the ask page, as MODULE:FUNCTION; none by default."
+        ),
+    ] = None,
 ) -> None:
-    """Serve the HTTP API until interrupted."""
+    """Serve the HTTP API and the pages until interrupted."""
+    from feedback.pages.ask import check_search
     from feedback.secret import ensure_secret
     from feedback.server import PortTaken
     from feedback.server import serve as run
@@ -58,6 +75,7 @@ def serve(
             host=host,
             port=port,
             workers=workers,
+            search=check_search(search) if search else None,
             on_ready=lambda line: print(line, flush=True),
         )
     except (PortTaken, ValueError) as error:
@@ -187,13 +205,49 @@ def audit(
             typer.echo(f"{at:%Y-%m-%d %H:%M:%S}  {actor}  {act} {subject}  {_changed(before, after)}")
 
 
+@dead_letter_app.command("list")
+def list_dead_letters(
+    database_url: DatabaseUrl,
+    replayed: Annotated[bool, typer.Option(help="Those replayed already too.")] = False,
+) -> None:
+    """List dead letters, oldest first, without what people wrote."""
+    from feedback import dead_letters
+
+    for letter in _as_admin(
+        database_url, lambda pool: dead_letters.list_dead_letters(pool, limit=1000, replayed=replayed)
+    ):
+        outcome = f"  replayed: {letter.outcome}" if letter.outcome else ""
+        typer.echo(
+            f"{letter.dead_letter_id}  {letter.received_at:%Y-%m-%d %H:%M}  {letter.log} {letter.key}"
+            f"  {letter.reason}{outcome}"
+        )
+
+
+@dead_letter_app.command("replay")
+def replay(database_url: DatabaseUrl, dead_letter_ids: list[UUID]) -> None:
+    """Append dead letters again, by the ids that `dead-letter list` shows, once the cause is gone."""
+    from feedback import dead_letters
+
+    refused = False
+    for id in dead_letter_ids:
+        outcome = _as_admin(
+            database_url, functools.partial(dead_letters.replay, dead_letter_id=id, actor=_actor())
+        )
+        if outcome is None:
+            raise _stop(f"there is no dead letter {id}; see `python -m feedback dead-letter list`")
+        typer.echo(f"{id}  {outcome.status}" + (f": {outcome.reason}" if outcome.reason else ""))
+        refused |= outcome.status not in ("created", "duplicate")
+    if refused:
+        raise typer.Exit(1)
+
+
 @contextmanager
 def _connection(database_url: str) -> Iterator[psycopg.Connection[Any]]:
     from feedback.keys import KeyRefused, act_as
 
     try:
         with psycopg.connect(database_url) as conn:
-            act_as(conn, f"{_user()} (command line)")
+            act_as(conn, _actor())
             yield conn
     except psycopg.errors.UndefinedTable as error:
         raise _stop("the feedback schema is missing; run `python -m feedback migrate` first") from error
@@ -201,11 +255,33 @@ def _connection(database_url: str) -> Iterator[psycopg.Connection[Any]]:
         raise _stop(error) from error
 
 
-def _user() -> str:
+def _as_admin(database_url: str, work: Callable[["log.Pool"], Awaitable[T]]) -> T:
+    """Do ``work`` on a pool that acts as the admin role."""
+    import asyncio
+
+    from feedback import log
+    from feedback.service import ADMIN_ROLE
+
+    async def run() -> T:
+        pool = await log.connect(database_url, ADMIN_ROLE, 1)
+        try:
+            return await work(pool)
+        finally:
+            await log.close(pool)
+
     try:
-        return getpass.getuser()
+        return asyncio.run(run())
+    except log.Unavailable as error:
+        raise _stop(error) from error
+
+
+def _actor() -> str:
+    """Who types this, for the audit."""
+    try:
+        name = getpass.getuser()
     except (OSError, KeyError):  # a container may run as a number that has no name
-        return f"uid {os.getuid()}"
+        name = f"uid {os.getuid()}"
+    return f"{name} (command line)"
 
 
 def _changed(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:

@@ -1,25 +1,31 @@
 """What every room of the service shares of HTTP: refusing, answering, and reading a body within limits.
 
-Belongs here: error answers, content types and encodings, the size of bodies.
+Belongs here: error answers, content types and encodings, the size of bodies and the time they take.
 Does not belong here: who is asking (``feedback.access``), what a body means, any route.
 """
 
+import asyncio
 import re
 import zlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import msgspec
+from fastapi.exceptions import RequestValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 
 from feedback.answers import Error, ErrorBody
-from feedback.log import Unavailable
+from feedback.log import Overloaded, Unavailable
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
+BODY_SECONDS = 30.0
 RETRY_AFTER_SECONDS = 2
+# What one process holds of bodies and of requests that are not answered yet; what comes beyond is refused at once.
+MAX_HELD_BYTES = 64 * 1024 * 1024
+MAX_HELD_REQUESTS = 4096
 
 JSON = "application/json"
 _TYPE = re.compile(r'^\s*(?P<type>[^;\s]+)\s*(;\s*charset="?utf-8"?\s*)?$', re.IGNORECASE)
@@ -55,38 +61,172 @@ def too_large() -> Refused:
     )
 
 
+def busy() -> Refused:
+    return Refused(
+        503,
+        Error(
+            "overloaded",
+            "More requests are waiting than there is room for; nothing of this one was taken",
+            remedy="Wait for the seconds in Retry-After and send the same items again, with the same ids",
+        ),
+        {"Retry-After": str(RETRY_AFTER_SECONDS)},
+    )
+
+
+class Room:
+    """The memory of one process for requests on their way: refuses what does not fit."""
+
+    def __init__(self) -> None:
+        self.requests = 0
+        self.bytes = 0
+
+    def enter(self) -> "Held":
+        """Room for one more request. Raises Refused with 503."""
+        if self.requests >= MAX_HELD_REQUESTS:
+            raise busy()
+        self.requests += 1
+        return Held(self)
+
+
+class Held:
+    """What one request holds of a room, until ``leave``. The request's scope carries it, under ``HELD``."""
+
+    __slots__ = ("_bytes", "_room")
+
+    def __init__(self, room: Room) -> None:
+        self._room = room
+        self._bytes = 0
+
+    def take(self, size: int) -> None:
+        """Hold ``size`` bytes more. Raises Refused with 503."""
+        self._room.bytes += size
+        self._bytes += size
+        if self._room.bytes > MAX_HELD_BYTES:
+            raise busy()
+
+    def leave(self) -> None:
+        self._room.requests -= 1
+        self._room.bytes -= self._bytes
+
+
+HELD = "datamoat.held"
+
+
+class Answer(Response):
+    """A JSON response, made with fewer steps than Starlette's: it is made for each request of the busiest routes."""
+
+    def __init__(self, status: int, body: bytes, headers: Mapping[str, str] | None = None) -> None:
+        self.status_code = status
+        self.body = body
+        self.background = None
+        self.raw_headers = [
+            (b"content-length", str(len(body)).encode()),
+            (b"content-type", b"application/json"),
+        ]
+        if headers:
+            self.headers.update(headers)
+
+
 def answer(status: int, content: Any, headers: Mapping[str, str] | None = None) -> Response:
     """``content``, a msgspec struct or plain data, as JSON."""
-    return Response(msgspec.json.encode(content), status, headers, JSON)
+    return Answer(status, msgspec.json.encode(content), headers)
+
+
+def header(request: Request, name: bytes) -> str:
+    """A header's value, or an empty text; ``name`` in lower case."""
+    for found, value in request.scope["headers"]:
+        if found == name:
+            return bytes(value).decode("latin-1")
+    return ""
 
 
 async def read_body(request: Request, types: Collection[str] = (JSON,), *, gzip: bool = False) -> bytes:
-    """The whole body, at most 8 MiB, also when unpacked. Raises Refused with 400, 413 or 415."""
-    check_type(request, types)
-    packed = _packed(request, gzip)
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > MAX_BODY_BYTES:
+    """The whole body, at most 8 MiB, also when unpacked. Raises Refused with 400, 408, 413, 415 or 503."""
+    headers = dict(request.scope["headers"])
+    _check_type(headers, types)
+    unpack = zlib.decompressobj(wbits=31) if _packed(headers, gzip) else None
+    declared = headers.get(b"content-length", b"")
+    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         raise too_large()
+    held: Held | None = request.scope.get(HELD)
     body = bytearray()
-    unpack = zlib.decompressobj(wbits=31) if packed else None
+    arrived = 0
+    more = True
+    deadline = _Deadline(BODY_SECONDS)
     try:
-        async for chunk in request.stream():
-            # One byte more than is allowed is all that a bomb gets unpacked.
-            body += unpack.decompress(chunk, MAX_BODY_BYTES + 1 - len(body)) if unpack else chunk
-            if len(body) > MAX_BODY_BYTES:
+        while more:
+            message = await request.receive()
+            if message["type"] == "http.disconnect":
+                raise Refused(400, Error("incomplete_body", "The client went away while sending"))
+            more = message.get("more_body", False)
+            part = message.get("body", b"")
+            arrived += len(part)
+            if unpack is not None:
+                # One byte more than is allowed is all that a bomb gets unpacked.
+                part = unpack.decompress(part, MAX_BODY_BYTES + 1 - len(body))
+            if held is not None:
+                held.take(len(part))
+            body += part
+            if max(arrived, len(body)) > MAX_BODY_BYTES:
                 raise too_large()
-    except ClientDisconnect:
-        raise Refused(400, Error("incomplete_body", "The client went away while sending")) from None
+    except asyncio.CancelledError:
+        if deadline.passed():
+            raise _too_slow() from None
+        raise
     except zlib.error as error:
         raise Refused(400, Error("malformed_gzip", f"The body is not gzip: {error}")) from None
-    if unpack is not None and not unpack.eof:
-        raise Refused(400, Error("malformed_gzip", "The gzip body is cut short"))
+    finally:
+        deadline.lift()
+    if unpack is not None and (not unpack.eof or unpack.unused_data):
+        raise Refused(
+            400, Error("malformed_gzip", "The gzip body is cut short, or there is something behind its end")
+        )
     return bytes(body)
+
+
+class _Deadline:
+    """Cancels the task that made it after ``seconds``: ``asyncio.timeout`` at a quarter of its cost, for each body."""
+
+    def __init__(self, seconds: float) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._passed = False
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._cancel)
+
+    def _cancel(self) -> None:
+        self._passed = True
+        self._task.cancel()
+
+    def passed(self) -> bool:
+        """Whether the cancellation just caught was this one; then the task goes on as if it had not been."""
+        return self._passed and self._task.uncancel() == 0
+
+    def lift(self) -> None:
+        self._timer.cancel()
+
+
+def _too_slow() -> Refused:
+    return Refused(
+        408,
+        Error(
+            "body_too_slow",
+            f"The body did not arrive within {BODY_SECONDS:g} seconds",
+            remedy="Send smaller batches",
+        ),
+        {"Connection": "close"},
+    )
 
 
 def check_type(request: Request, types: Collection[str]) -> str:
     """The content type without its parameters. Raises Refused with 415 unless it is one of ``types``."""
-    content_type = request.headers.get("content-type", "")
+    return _check_type(dict(request.scope["headers"]), types)
+
+
+def _check_type(headers: Mapping[bytes, bytes], types: Collection[str]) -> str:
+    content_type = headers.get(b"content-type", b"").decode("latin-1")
+    if content_type in types:
+        return content_type
     match = _TYPE.match(content_type)
     if match is None or match["type"].lower() not in types:
         raise Refused(
@@ -100,8 +240,8 @@ def check_type(request: Request, types: Collection[str]) -> str:
     return match["type"].lower()
 
 
-def _packed(request: Request, gzip: bool) -> bool:
-    encoding = request.headers.get("content-encoding", "identity").lower()
+def _packed(headers: Mapping[bytes, bytes], gzip: bool) -> bool:
+    encoding = headers.get(b"content-encoding", b"identity").decode("latin-1").lower()
     if encoding == "identity":
         return False
     if gzip and encoding == "gzip":
@@ -118,17 +258,18 @@ def _packed(request: Request, gzip: bool) -> bool:
 
 def install_errors(app: Starlette) -> None:
     """Make ``app`` answer refusals, an absent database and unknown paths in the one shape of errors."""
-    app.add_exception_handler(Refused, _answer_refused)
-    app.add_exception_handler(Unavailable, _answer_unavailable)
+    app.add_exception_handler(Refused, _answer_refusal)
+    app.add_exception_handler(Unavailable, _answer_refusal)
+    app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http_error)
 
 
-async def _answer_refused(_: Request, error: Exception) -> Response:
-    assert isinstance(error, Refused)
-    return answer(error.status, ErrorBody(error.error), error.headers)
-
-
-async def _answer_unavailable(_: Request, error: Exception) -> Response:
+def refusal(error: Refused | Unavailable) -> Response:
+    """The answer to a request that was refused, or that the database could not serve."""
+    if isinstance(error, Overloaded):
+        error = busy()
+    if isinstance(error, Refused):
+        return answer(error.status, ErrorBody(error.error), error.headers)
     content = ErrorBody(
         Error(
             "unavailable",
@@ -137,6 +278,22 @@ async def _answer_unavailable(_: Request, error: Exception) -> Response:
         )
     )
     return answer(503, content, {"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+
+async def _answer_refusal(_: Request, error: Exception) -> Response:
+    assert isinstance(error, Refused | Unavailable)
+    return refusal(error)
+
+
+async def _answer_invalid(_: Request, error: Exception) -> Response:
+    """What FastAPI's own routes refuse, in the shape of all others."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    field = ".".join(str(part) for part in first["loc"][1:])
+    content = ErrorBody(
+        Error("invalid", first["msg"], field=field or None, remedy="See /docs for the type and the limits")
+    )
+    return answer(422, content)
 
 
 async def _answer_http_error(_: Request, error: Exception) -> Response:

@@ -1,11 +1,13 @@
-"""Writing the log: one statement per batch, acknowledged only when it is committed.
+"""Writing the log: one statement per group of rows, acknowledged only when it is committed.
 
-Belongs here: the asyncpg pool and the idempotent, append-only writes.
-Does not belong here: validation (``feedback.payloads``), HTTP, or reading the log (that is the pipeline's).
+Belongs here: the asyncpg pools, the idempotent, append-only writes, and what to believe of a database that fails.
+Does not belong here: which rows form a group (``feedback.writer``), validation (``feedback.payloads``), HTTP, or
+reading the log (that is the pipeline's).
 """
 
 import asyncio
 import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -23,10 +25,14 @@ Record: TypeAlias = asyncpg.Record
 logger = logging.getLogger("feedback")
 
 Row = Mapping[str, Any]
-Status = Literal["created", "duplicate", "conflict", "invalid"]
+Status = Literal["created", "duplicate", "conflict", "invalid", "unknown"]
 
 ACQUIRE_SECONDS = 5.0
 COMMAND_SECONDS = 30.0
+# Who holds a table longer than this makes writers wait in vain; they are answered and may come again.
+LOCK_SECONDS = 5
+# How long a database that could not be reached is left alone, but for one call that looks whether it is back.
+AWAY_SECONDS = 0.5
 
 # What is the row's own fault: a value the column cannot hold, a violated check, a limit of Postgres.
 _ROW_FAULTS = (
@@ -34,31 +40,44 @@ _ROW_FAULTS = (
     asyncpg.exceptions.IntegrityConstraintViolationError,
     asyncpg.exceptions.ProgramLimitExceededError,
 )
-_UNREACHABLE = (
+# What says that there is no database to talk to: the next call would fail like this one.
+_AWAY = (
     OSError,
     TimeoutError,
-    asyncpg.PostgresError,
     asyncpg.InterfaceError,
     asyncpg.InternalClientError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.exceptions.AdminShutdownError,
+    asyncpg.exceptions.CrashShutdownError,
+    asyncpg.exceptions.CannotConnectNowError,
 )
+_FAILURES = (*_AWAY, asyncpg.PostgresError)
 
 
 class Unavailable(Exception):
     """The log cannot take or confirm a write now; sending the same items again later is safe."""
 
 
+class Overloaded(Unavailable):
+    """More waits to be written than there is room for; nothing of this call was taken."""
+
+
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one row; ``reason`` is set for ``invalid`` only."""
+    """What became of one row. ``invalid``: Postgres refuses it, for ``reason``; ``unknown``: it may be sent again."""
 
     status: Status
     reason: str | None = None
 
 
-@dataclass(frozen=True)
-class Log:
-    """One append-only table: its key and the two statements that write it."""
+CREATED, DUPLICATE, CONFLICT = Outcome("created"), Outcome("duplicate"), Outcome("conflict")
 
+
+@dataclass(frozen=True, eq=False)
+class Log:
+    """One append-only table: its name, its key and the two statements that write it."""
+
+    name: str
     key: str
     insert: str
     hashes: str
@@ -72,6 +91,7 @@ def _log(table: sa.Table) -> Log:
     dialect: sa.Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     types = ", ".join(f'"{column.name}" {column.type.compile(dialect)}' for column in columns)
     return Log(
+        name=table.name,
         key=key.name,
         insert=(
             f"INSERT INTO {table.fullname} ({names}) SELECT {names} FROM json_to_recordset($1::json) AS r({types}) "
@@ -88,10 +108,11 @@ INTERACTIONS = _log(schema.interaction)
 EVENTS = _log(schema.feedback_event)
 
 
-async def connect(database_url: str, role: str, size: int = 8) -> Pool:
+async def connect(database_url: str, role: str, size: int = 8, seconds: float = COMMAND_SECONDS) -> Pool:
     """A pool whose sessions act as ``role`` and wait for every commit to reach the disk.
 
-    No connection is made yet, so a service may start before its database does.
+    A statement that takes longer than ``seconds`` fails. No connection is made yet, so a service may start before
+    its database does.
     """
 
     async def keep_session(_: asyncpg.Connection) -> None:
@@ -102,33 +123,48 @@ async def connect(database_url: str, role: str, size: int = 8) -> Pool:
         min_size=0,
         max_size=size,
         timeout=ACQUIRE_SECONDS,
-        command_timeout=COMMAND_SECONDS,
+        command_timeout=seconds,
         reset=keep_session,
         server_settings={
             "role": role,
             "synchronous_commit": "on",
+            "lock_timeout": f"{LOCK_SECONDS}s",
             "application_name": "datamoat-feedback",
             "timezone": "UTC",
         },
     )
 
 
+# When each pool that could not reach its database may try again, on the monotonic clock.
+_retry_at: dict[Pool, float] = {}
+
+
 async def fetch(pool: Pool, query: str, *args: Any) -> list[Record]:
-    """Run one statement, committed when this returns. Raises Unavailable unless the fault lies in the rows."""
+    """Run one statement, committed when this returns. Raises Unavailable unless the fault lies in the rows.
+
+    While the database is away, all but one call each half second fail at once: nobody waits for a timeout in vain.
+    """
+    if pool in _retry_at:
+        if time.monotonic() < _retry_at[pool]:
+            raise Unavailable("the database was away a moment ago")
+        _retry_at[pool] = time.monotonic() + AWAY_SECONDS
     try:
         async with pool.acquire(timeout=ACQUIRE_SECONDS) as connection:
             try:
-                return list(await connection.fetch(query, *args))
-            except _UNREACHABLE as error:
-                if not isinstance(error, _ROW_FAULTS):
-                    # A connection that broke in the middle of a statement may not know yet that it is closed.
-                    connection.terminate()
+                found: list[Record] = await connection.fetch(query, *args)
+            except _AWAY:
+                # A connection that broke in the middle of a statement may not know yet that it is closed.
+                connection.terminate()
                 raise
     except _ROW_FAULTS:
         raise
-    except _UNREACHABLE as error:
+    except _FAILURES as error:
         logger.warning("the database did not answer: %s: %s", type(error).__name__, error)
+        if isinstance(error, _AWAY):
+            _retry_at[pool] = time.monotonic() + AWAY_SECONDS
         raise Unavailable(f"{type(error).__name__}: {error}") from error
+    _retry_at.pop(pool, None)
+    return found
 
 
 async def append(pool: Pool, log: Log, rows: Sequence[Row]) -> list[Outcome]:
@@ -136,17 +172,19 @@ async def append(pool: Pool, log: Log, rows: Sequence[Row]) -> list[Outcome]:
 
     A row whose key is there already, or came earlier in ``rows``, is a ``duplicate`` if the body hash is the same
     and a ``conflict`` if not. A row that Postgres refuses is ``invalid`` alone; the others are kept.
-    Raises Unavailable when nothing can be said about some row; everything may then be sent again.
+    Raises Unavailable when nothing can be said about any row; everything may then be sent again.
     """
     first: dict[str, Row] = {}
     for row in rows:
         first.setdefault(row[log.key], row)
-    # One order for everybody: two batches that share keys then wait for each other instead of deadlocking.
+    # One order for everybody: two groups that share keys then wait for each other instead of deadlocking.
     created, refused = await _insert(pool, log, [first[key] for key in sorted(first)])
+    if len(created) == len(rows):
+        return [CREATED] * len(rows)
     stored = {key: first[key]["body_sha256"] for key in created}
     unknown = [key for key in first if key not in created and key not in refused]
     if unknown:
-        stored.update({row[0]: row[1] for row in await fetch(pool, log.hashes, unknown)})
+        stored.update(await fetch(pool, log.hashes, unknown))
     outcomes = []
     for row in rows:
         key = row[log.key]
@@ -154,11 +192,11 @@ async def append(pool: Pool, log: Log, rows: Sequence[Row]) -> list[Outcome]:
             reason = refused[key] if row is first[key] else "an earlier item with the same id was refused"
             outcomes.append(Outcome("invalid", reason))
         elif row is first[key] and key in created:
-            outcomes.append(Outcome("created"))
+            outcomes.append(CREATED)
         elif key not in stored:
-            raise Unavailable(f"{key} was erased while it was being sent again")
+            outcomes.append(Outcome("unknown", f"{key} was erased while it was being sent again"))
         else:
-            outcomes.append(Outcome("duplicate" if stored[key] == row["body_sha256"] else "conflict"))
+            outcomes.append(DUPLICATE if stored[key] == row["body_sha256"] else CONFLICT)
     return outcomes
 
 
@@ -170,7 +208,8 @@ async def _insert(pool: Pool, log: Log, rows: Sequence[Row]) -> tuple[set[str], 
         inserted = await fetch(pool, log.insert, msgspec.json.encode(rows).decode())
     except _ROW_FAULTS as error:
         if len(rows) == 1:
-            return set(), {rows[0][log.key]: str(error)}
+            # Without the detail, which repeats the row: reasons are kept where people's texts must not be.
+            return set(), {rows[0][log.key]: str(error.args[0])}
         middle = len(rows) // 2
         created, refused = await _insert(pool, log, rows[:middle])
         more_created, more_refused = await _insert(pool, log, rows[middle:])
@@ -180,6 +219,7 @@ async def _insert(pool: Pool, log: Log, rows: Sequence[Row]) -> tuple[set[str], 
 
 async def close(pool: Pool) -> None:
     """Give the connections back; those that do not end within seconds are cut."""
+    _retry_at.pop(pool, None)
     try:
         await asyncio.wait_for(pool.close(), timeout=ACQUIRE_SECONDS)
     except TimeoutError:

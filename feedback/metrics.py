@@ -97,12 +97,23 @@ async def _stored(service: Service) -> CollectorRegistry:
     """What the database knows; left out while it is away, so that the page itself never fails."""
     registry = CollectorRegistry()
     try:
-        rows = await log.fetch(
+        letters = await log.fetch(
             service.admin, "SELECT count(*) FROM feedback.dead_letter WHERE replayed_at IS NULL"
+        )
+        queues = await log.fetch(
+            service.review,
+            "SELECT queue.name, count(item.item_id) FROM feedback.review_queue AS queue"
+            " LEFT JOIN feedback.review_item AS item ON item.queue_id = queue.queue_id AND item.state = 'open'"
+            " WHERE queue.closed_at IS NULL GROUP BY queue.name",
         )
     except log.Unavailable:
         return registry
-    Gauge("datamoat_dead_letters", "Dead letters not replayed yet", registry=registry).set(rows[0][0])
+    Gauge("datamoat_dead_letters", "Dead letters not replayed yet", registry=registry).set(letters[0][0])
+    waiting = Gauge(
+        "datamoat_review_open_items", "Items that wait for a reviewer", ["queue"], registry=registry
+    )
+    for name, count in queues:
+        waiting.labels(name).set(count)
     return registry
 
 

@@ -104,14 +104,18 @@ def ingest(summary: str, schema: str, examples: dict[str, Any]) -> dict[str, Any
                 ),
                 "207": response("An array: some items were refused", "BatchResult"),
                 "400": response("Not JSON", "ErrorBody"),
-                "401": response("No valid API key", "ErrorBody"),
+                "401": response("No valid API key or feedback token", "ErrorBody"),
                 "403": response("The key may not do this", "ErrorBody"),
+                "408": response("The body did not arrive in time", "ErrorBody"),
                 "409": response("One object: the id is stored with another body", "ErrorBody"),
                 "413": response("Too large, or too many items", "ErrorBody"),
                 "415": response("Not application/json, or compressed otherwise than by gzip", "ErrorBody"),
                 "422": response("One object: invalid; the field and the remedy are named", "ErrorBody"),
                 "429": response("The key is used more often than it may be; see Retry-After", "ErrorBody"),
-                "503": response("The database is away; retry after the seconds in Retry-After", "ErrorBody"),
+                "503": response(
+                    "The database is away, or too much is waiting; retry after the seconds in Retry-After",
+                    "ErrorBody",
+                ),
             },
         }
     }

@@ -9,6 +9,7 @@ import json
 import math
 import re
 import typing
+from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 from uuid import UUID
@@ -190,12 +191,14 @@ def parse_interaction(raw: bytes) -> Interaction:
     return item
 
 
-def parse_event(raw: bytes) -> FeedbackEvent:
+def parse_event(raw: bytes, bind: Callable[[FeedbackEvent], None] | None = None) -> FeedbackEvent:
     """Validate one feedback event from its JSON; of a thumb's score and label, fill the one not sent.
 
-    Raises PayloadError.
+    ``bind`` may fill or refuse fields before the rules between fields are checked. Raises PayloadError.
     """
     item: FeedbackEvent = _decode(_events, raw)
+    if bind is not None:
+        bind(item)
     item.occurred_at = _in_utc(item.occurred_at)
     _check_json_size("metadata", item.metadata)
     _check_json_size("value", item.value)
@@ -429,12 +432,11 @@ def _check_content(item: FeedbackEvent) -> None:
 
 
 def _check_target(item: FeedbackEvent) -> None:
-    found = {
-        "interaction": item.interaction_id or item.trace_id,
-        "session": item.session_id,
-        "trace": item.trace_id,
-        "span": item.span_id,
-    }[item.scope]
+    found = (
+        item.interaction_id or item.trace_id
+        if item.scope == "interaction"
+        else getattr(item, f"{item.scope}_id")
+    )
     if found is None:
         field = f"{item.scope}_id"
         raise PayloadError(

@@ -21,7 +21,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     help="The private data-and-feedback loop around an AI product, on machines you own.",
-    epilog="Settings come from the environment: EXAMPLE, DATABASE_URL, DATAMOAT_HOME, DATAMOAT_DATA_DIR, EMBEDDING_MODEL.",
+    epilog="Settings come from the environment: EXAMPLE, DATABASE_URL, DATAMOAT_HOME, DATAMOAT_DATA_DIR, EMBEDDING_MODEL, DATAMOAT_FEEDBACK_MIN_EVENTS, DATAMOAT_FEEDBACK_MAX_AGE_HOURS.",
     pretty_exceptions_enable=False,
 )
 

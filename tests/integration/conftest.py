@@ -163,6 +163,7 @@ class FeedbackService:
     port: int = field(default_factory=free_port)
     process: subprocess.Popen[str] | None = None
     ready_line: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
 
     @property
     def base_url(self) -> str:
@@ -178,6 +179,7 @@ class FeedbackService:
                 "PATH": os.environ["PATH"],
                 "DATABASE_URL": self.database_url,
                 "DATAMOAT_PSEUDONYM_KEY_FILE": str(self.pseudonym_key_file),
+                **self.environment,
             },
             stdout=subprocess.PIPE,
             text=True,

@@ -1,16 +1,21 @@
 """Keys over HTTP and by command line, the audit that no path escapes, and the page for Prometheus."""
 
+import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
+import msgspec
 import psycopg
 import pytest
 
+from feedback.access import Caller
+from feedback.capture import prepare_event
 from feedback.ids import uuid7
 from feedback.keys import create_key
 from tests.integration.conftest import FeedbackService
@@ -121,3 +126,52 @@ def test_prometheus_reads_what_was_counted(feedback_service: FeedbackService) ->
     assert page.headers["content-type"].startswith("text/plain")
     for name in ("datamoat_flush_rows_bucket", "datamoat_request_seconds_bucket", "datamoat_dead_letters"):
         assert name in page.text
+
+
+def planted(service: FeedbackService) -> str:
+    """The id of a dead letter whose cause is gone."""
+    key_id = str(uuid7())
+    caller = Caller(key_id, "support", ("ingest",))
+    item = prepare_event(json.dumps(thumb()).encode(), caller, b"k" * 32, datetime.now(UTC))
+    dead_letter_id = str(uuid7())
+    with psycopg.connect(service.database_url) as conn:
+        conn.execute(
+            "insert into feedback.dead_letter (dead_letter_id, log, key, row, reason, api_key_id)"
+            " values (%s, 'feedback_event', %s, %s, 'it was refused', %s)",
+            (dead_letter_id, item.id, msgspec.json.encode(item.row), key_id),
+        )
+    return dead_letter_id
+
+
+def test_dead_letters_are_listed_and_replayed(feedback_service: FeedbackService, admin: httpx.Client) -> None:
+    letter = planted(feedback_service)
+    listed = {one["dead_letter_id"]: one for one in admin.get("/v1/admin/dead-letters").json()}
+    assert listed[letter]["reason"] == "it was refused"
+    assert "thumb" not in str(listed[letter])
+    replay = f"/v1/admin/dead-letters/{letter}/replay"
+    assert admin.post(replay).json() == {"status": "created", "reason": None}
+    assert admin.post(replay).json()["status"] == "duplicate"
+    assert letter not in admin.get("/v1/admin/dead-letters").text
+    assert letter in admin.get("/v1/admin/dead-letters", params={"replayed": True}).text
+    assert admin.post(f"/v1/admin/dead-letters/{uuid7()}/replay").status_code == 404
+    newest = admin.get("/v1/admin/audit", params={"limit": 1}).json()[0]
+    assert (newest["subject"], newest["after"]["outcome"]) == ("dead_letter", "duplicate")
+    assert newest["actor"].startswith("Ada") and "row" not in newest["after"]
+
+
+def test_dead_letters_by_command_line(feedback_service: FeedbackService) -> None:
+    def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, "-m", "feedback", "dead-letter", *arguments],
+            env={"PATH": os.environ["PATH"], "DATABASE_URL": feedback_service.database_url},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    letter = planted(feedback_service)
+    assert letter in command("list").stdout
+    assert "created" in command("replay", letter).stdout
+    assert letter not in command("list").stdout
+    unknown = command("replay", str(uuid7()))
+    assert (unknown.returncode, "there is no dead letter" in unknown.stderr) == (1, True)

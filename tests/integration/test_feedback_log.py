@@ -1,20 +1,24 @@
-"""Writing the log on a real Postgres: outcomes, poison rows, duplicates inside a batch, a dead database."""
+"""Writing the log on a real Postgres: outcomes, group commit, dead letters, locks, no room, no database."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 import psycopg
 import pytest
 
-from feedback import log
+from feedback import dead_letters, log
 from feedback.ids import uuid7
 from feedback.migrations import upgrade
+from feedback.writer import Writer
+from storage.database import Database
 from tests.integration.conftest import Cluster, free_port
 
 KEY = str(UUID(int=1))
+T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +123,213 @@ def test_a_missing_role_or_database_is_unavailable_not_invalid(migrated: str) ->
     for url in (f"postgresql://postgres@127.0.0.1:{free_port()}/x", migrated + "_missing"):
         with pytest.raises(log.Unavailable):
             append(url, [event()])
+
+
+def write(url: str, *calls: Sequence[dict[str, Any]]) -> list[Any]:
+    """What each of several calls of one writer, all made at once, is answered: statuses, or the error's name."""
+
+    async def run() -> list[Any]:
+        async with writer_of(url) as writer:
+            written = await asyncio.gather(
+                *(writer.append(rows, 100 * len(rows)) for rows in calls), return_exceptions=True
+            )
+        return [
+            type(outcomes).__name__
+            if isinstance(outcomes, BaseException)
+            else [outcome.status for outcome in outcomes]
+            for outcomes in written
+        ]
+
+    return asyncio.run(run())
+
+
+@asynccontextmanager
+async def writer_of(url: str) -> AsyncIterator[Writer]:
+    pool = await log.connect(url, "datamoat_ingest")
+    writer = Writer(pool, log.EVENTS)
+    try:
+        yield writer
+    finally:
+        await writer.close()
+        await log.close(pool)
+
+
+def test_calls_that_come_together_share_commits(migrated: str) -> None:
+    rows = [event() for _ in range(300)]
+    assert write(migrated, *([row] for row in rows)) == [["created"]] * 300
+    with psycopg.connect(migrated) as conn:
+        commits = conn.execute(
+            "SELECT count(DISTINCT xact_id::text) FROM feedback.feedback_event WHERE event_id = ANY(%s::uuid[])",
+            [[row["event_id"] for row in rows]],
+        ).fetchone()
+    assert commits is not None
+    assert commits[0] <= 30
+
+
+def test_a_call_that_comes_when_the_last_flush_ends_is_not_forgotten(migrated: str) -> None:
+    async def run() -> list[str]:
+        async with writer_of(migrated) as writer:
+            statuses: list[str] = []
+            for _ in range(100):  # each as soon as the answer to the one before is there
+                (outcome,) = await writer.append([event()], 100)
+                statuses.append(outcome.status)
+        return statuses
+
+    assert asyncio.run(run()) == ["created"] * 100
+
+
+def test_within_a_group_the_first_call_wins(migrated: str) -> None:
+    row = event()
+    assert write(migrated, [row], [dict(row)], [row | {"body_sha256": "b"}]) == [
+        ["created"],
+        ["duplicate"],
+        ["conflict"],
+    ]
+    assert count(migrated, row["event_id"]) == 1
+
+
+def test_writers_that_share_ids_create_each_once(migrated: str) -> None:
+    rows = [event() for _ in range(400)]
+
+    async def run() -> list[str]:
+        async with writer_of(migrated) as one, writer_of(migrated) as other:
+            calls = [one.append([row], 100) for row in rows] + [
+                other.append([row], 100) for row in rows[::-1]
+            ]
+            return [outcome.status for outcomes in await asyncio.gather(*calls) for outcome in outcomes]
+
+    statuses = asyncio.run(run())
+    assert (statuses.count("created"), statuses.count("duplicate")) == (400, 400)
+    assert count(migrated, *(row["event_id"] for row in rows)) == 400
+
+
+def test_a_cancelled_caller_loses_nothing_and_harms_nobody(migrated: str) -> None:
+    rows = [event() for _ in range(20)]
+
+    async def run() -> list[str]:
+        async with writer_of(migrated) as writer:
+            calls = [asyncio.create_task(writer.append([row], 100)) for row in rows]
+            await asyncio.sleep(0)
+            for call in calls[::2]:
+                call.cancel()
+            answered = await asyncio.gather(*calls, return_exceptions=True)
+        return ["cancelled" if isinstance(found, BaseException) else found[0].status for found in answered]
+
+    assert asyncio.run(run()) == ["cancelled", "created"] * 10
+    assert count(migrated, *(row["event_id"] for row in rows)) == 20
+    assert write(migrated, rows) == [["duplicate"] * 20]
+
+
+@contextmanager
+def refusing(url: str, label: str) -> Iterator[None]:
+    """A rule of the database's own that validation does not know: no ``label``."""
+    with psycopg.connect(url, autocommit=True) as conn:
+        conn.execute(f"ALTER TABLE feedback.feedback_event ADD CONSTRAINT poison CHECK (label <> '{label}')")
+        yield
+        conn.execute("ALTER TABLE feedback.feedback_event DROP CONSTRAINT IF EXISTS poison")
+
+
+def admin(url: str, act: Callable[[log.Pool], Awaitable[T]]) -> T:
+    async def run() -> T:
+        pool = await log.connect(url, "datamoat_admin")
+        try:
+            return await act(pool)
+        finally:
+            await log.close(pool)
+
+    return asyncio.run(run())
+
+
+def test_a_refused_row_is_kept_and_can_be_replayed(migrated: str) -> None:
+    good = [event() for _ in range(5)]
+    poison = event(label="poison", explanation="kept whole: ünïcode", value={"deep": [1, None]})
+    with refusing(migrated, "poison"):
+        for _ in range(2):  # the second time, the retry of a client, adds no second letter
+            calls = write(migrated, *([row] for row in [*good[:2], poison, *good[2:]]))
+            assert calls[2] == ["invalid"]
+        assert count(migrated, *(row["event_id"] for row in good)) == 5
+        (letter,) = admin(migrated, dead_letters.list_dead_letters)
+        assert (letter.log, letter.key) == ("feedback_event", poison["event_id"])
+        assert "poison" in letter.reason
+        assert "kept whole" not in letter.reason
+        again = admin(migrated, lambda pool: dead_letters.replay(pool, letter.dead_letter_id, "ana"))
+        assert again is not None
+        assert again.status == "invalid"
+        assert len(admin(migrated, dead_letters.list_dead_letters)) == 1
+
+    for status in ("created", "duplicate"):
+        outcome = admin(migrated, lambda pool: dead_letters.replay(pool, letter.dead_letter_id, "ana"))
+        assert outcome is not None
+        assert outcome.status == status
+    assert admin(migrated, dead_letters.list_dead_letters) == []
+    assert admin(migrated, lambda pool: dead_letters.replay(pool, uuid7(), "ana")) is None
+    with psycopg.connect(migrated) as conn:
+        stored = conn.execute(
+            "SELECT explanation, value FROM feedback.feedback_event WHERE event_id = %s", [poison["event_id"]]
+        ).fetchone()
+        audited = conn.execute(
+            "SELECT DISTINCT actor FROM feedback.admin_audit WHERE subject = 'dead_letter'"
+        ).fetchall()
+    assert stored == (poison["explanation"], poison["value"])
+    assert audited == [("ana",)]
+
+
+def test_a_refused_row_that_cannot_be_kept_is_not_answered_as_refused(database: Database) -> None:
+    url = database.url
+    with database.connect() as conn:
+        conn.execute("REVOKE INSERT ON feedback.dead_letter FROM datamoat_ingest")
+    with refusing(url, "poison"):
+        good = event()
+        assert write(url, [good], [event(label="poison")]) == [["created"], ["unknown"]]
+    assert count(url, good["event_id"]) == 1
+
+
+def test_more_rows_than_there_is_room_for_are_refused_at_once(
+    migrated: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("feedback.writer.MAX_WAITING_ROWS", 10)
+    rows = [event() for _ in range(30)]
+
+    async def run() -> list[Any]:
+        async with writer_of(migrated) as writer:
+            with psycopg.connect(migrated) as conn:
+                conn.execute("LOCK TABLE feedback.feedback_event IN ACCESS EXCLUSIVE MODE")
+                calls = [asyncio.create_task(writer.append([row], 100)) for row in rows]
+                refused, _ = await asyncio.wait(calls, timeout=0.3)
+                assert len(refused) == 20  # while the table is locked: nobody waits to hear this
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    answered = asyncio.run(run())
+    kept = [row["event_id"] for row, found in zip(rows, answered, strict=True) if isinstance(found, list)]
+    assert sum(isinstance(found, log.Overloaded) for found in answered) == 20
+    assert count(migrated, *(row["event_id"] for row in rows)) == count(migrated, *kept) == 10
+
+
+def test_a_lock_that_is_held_too_long_fails_who_waits_and_loses_no_answer(
+    migrated: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(log, "LOCK_SECONDS", 1)
+    monkeypatch.setattr("feedback.writer.GROUP_ROWS", 5)
+    rows = [event() for _ in range(50)]
+    with psycopg.connect(migrated) as conn:
+        conn.execute("LOCK TABLE feedback.feedback_event IN ACCESS EXCLUSIVE MODE")
+        assert write(migrated, *([row] for row in rows)) == ["Unavailable"] * 50
+    assert count(migrated, *(row["event_id"] for row in rows)) == 0
+    assert write(migrated, *([row] for row in rows)) == [["created"]] * 50
+
+
+def test_a_database_that_is_away_is_asked_by_one_at_a_time() -> None:
+    async def run() -> None:
+        pool = await log.connect(f"postgresql://postgres@127.0.0.1:{free_port()}/x", "datamoat_ingest")
+
+        async def spared() -> bool:
+            with pytest.raises(log.Unavailable) as caught:
+                await log.fetch(pool, "SELECT 1")
+            return "a moment ago" in str(caught.value)
+
+        assert [await spared() for _ in range(3)] == [False, True, True]
+        while await spared():
+            await asyncio.sleep(0.01)
+        await log.close(pool)
+
+    asyncio.run(run())

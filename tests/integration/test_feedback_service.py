@@ -16,9 +16,11 @@ import httpx
 import psycopg
 import pytest
 
+from feedback import tokens
 from feedback.access import KEY_CACHE_SECONDS
 from feedback.ids import uuid7
 from feedback.keys import create_key, revoke_key
+from feedback.secret import read_secret
 from tests.integration.conftest import Cluster, FeedbackService
 
 JSON = {"Content-Type": "application/json"}
@@ -201,6 +203,54 @@ def test_a_poisoned_item_does_not_stop_its_batch(http: httpx.Client, poison: byt
     ] * 2
 
 
+def test_what_only_the_database_refuses_is_answered_alone_and_kept(
+    feedback_service: FeedbackService, http: httpx.Client
+) -> None:
+    good, poison = thumb(), thumb(name="poison")
+    with psycopg.connect(feedback_service.database_url, autocommit=True) as conn:
+        conn.execute("ALTER TABLE feedback.feedback_event ADD CONSTRAINT poison CHECK (name <> 'poison')")
+        try:
+            batch = http.post("/v1/feedback", json=[good, poison])
+            single = http.post("/v1/feedback", json=poison)
+        finally:
+            conn.execute("ALTER TABLE feedback.feedback_event DROP CONSTRAINT poison")
+        kept = conn.execute(
+            "SELECT log, key, row, api_key_id FROM feedback.dead_letter WHERE key = %s", [poison["event_id"]]
+        ).fetchall()
+    assert batch.status_code == 207
+    assert [result["status"] for result in batch.json()["results"]] == ["created", "invalid"]
+    assert (single.status_code, single.json()["error"]["code"]) == (422, "invalid")
+    assert len(kept) == 1
+    row = json.loads(kept[0][2])
+    assert (kept[0][0], row["name"], row["api_key_id"]) == ("feedback_event", "poison", str(kept[0][3]))
+
+
+def test_a_token_speaks_for_its_author_alone(feedback_service: FeedbackService, http: httpx.Client) -> None:
+    minted = http.post("/v1/tokens", json={"interaction_id": "i", "user_id": "person-ana@x"})
+    assert minted.status_code == 201
+    token = minted.json()["token"]
+    claims = tokens.read(read_secret(feedback_service.pseudonym_key_file), token)
+    own = str(uuid7())[:24] + claims.node
+    with httpx.Client(
+        base_url=feedback_service.base_url, headers={"Authorization": f"Bearer {token}"}, trust_env=False
+    ) as page:
+        answer = page.post("/v1/feedback", json={"event_id": own, "kind": "thumb", "score": 1})
+        assert (answer.status_code, answer.json()["status"]) == (201, "created")
+        foreign = page.post("/v1/feedback", json={"event_id": str(uuid7()), "kind": "thumb", "score": 1})
+        assert foreign.status_code in (403, 422)
+        assert page.post("/v1/interactions", json=interaction()).status_code == 401
+    forged = httpx.post(
+        feedback_service.base_url + "/v1/feedback",
+        json=thumb(),
+        headers={"Authorization": f"Bearer {token[:-4]}AAAA"},
+        trust_env=False,
+    )
+    assert forged.status_code == 401
+    row = stored(feedback_service, own)
+    assert row is not None
+    assert (row["interaction_id"], row["author_ref"]) == ("i", claims.author_ref)
+
+
 @pytest.mark.parametrize(
     ("raw", "field"),
     [
@@ -288,7 +338,7 @@ def test_other_media_types_are_refused(http: httpx.Client, headers: dict[str, st
 
 
 def test_unknown_paths_are_answered_in_the_same_shape(http: httpx.Client) -> None:
-    for answer, status in ((http.get("/nothing"), 404), (http.get("/v1/feedback"), 405)):
+    for answer, status in ((http.get("/nothing"), 404), (http.get("/v1/interactions"), 405)):
         assert answer.status_code == status
         assert answer.json()["error"]["message"]
 

@@ -1,0 +1,108 @@
+"""What every request meets first: room in memory, other origins' pages, and the short way to the busiest routes.
+
+Belongs here: what holds for all rooms alike. Does not belong here: who is asking (``feedback.access``), any route.
+"""
+
+import functools
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeAlias
+
+from fastapi import FastAPI
+from prometheus_client import Histogram
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from feedback import metrics
+from feedback.http import HELD, MAX_BODY_BYTES, Held, Refused, Room, refusal, too_large
+from feedback.log import Unavailable
+
+Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
+
+_API = "/v1/"
+_WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS"})
+_PREFLIGHT_SECONDS = 86_400
+
+
+class Front(FastAPI):
+    """The app, with a way around FastAPI's layers for POSTs to the paths in ``direct``: they cost more than the work.
+
+    ``allowed_origins`` may call the API from a page, such as ``https://app.example.com``; ``*`` stands for any.
+    """
+
+    def __init__(self, *, allowed_origins: Sequence[str] = (), **settings: Any) -> None:
+        super().__init__(**settings)
+        self.direct: dict[str, Endpoint] = {}
+        self._room = Room()
+        self._cors = CORSMiddleware(
+            self._admit,
+            allow_origins=tuple(allowed_origins),
+            allow_methods=("GET", "POST"),
+            allow_headers=("Authorization", "Content-Encoding", "Content-Type"),
+            expose_headers=("Retry-After",),
+            max_age=_PREFLIGHT_SECONDS,
+        )
+        self._shares = bool(allowed_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await super().__call__(scope, receive, send)
+        elif self._shares and scope["path"].startswith(_API) and _from_a_page(scope):
+            await self._cors(scope, receive, send)
+        else:
+            await self._admit(scope, receive, send)
+
+    async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["method"] in _WITHOUT_BODY:
+            await super().__call__(scope, receive, send)
+            return
+        try:
+            held = scope[HELD] = self._room.enter()
+        except Refused as error:
+            await refusal(error)(scope, receive, send)
+            return
+        try:
+            endpoint = self.direct.get(scope["path"]) if scope["method"] == "POST" else None
+            if endpoint is None:
+                await super().__call__(scope, _measured(receive, held), send)
+                return
+            began = time.perf_counter()
+            try:
+                response = await endpoint(Request(scope, receive))
+            except (Refused, Unavailable) as error:
+                response = refusal(error)
+            _requests(response.status_code).observe(time.perf_counter() - began)
+            await response(scope, receive, send)
+        finally:
+            held.leave()
+
+
+@functools.cache
+def _requests(status: int) -> Histogram:
+    return metrics.REQUESTS.labels(str(status))
+
+
+def _measured(receive: Receive, held: Held) -> Receive:
+    """``receive`` for routes that may read a body in their own way, within the limits all the same.
+
+    What ``read_body`` reads here is counted twice: that errs on the safe side.
+    """
+    size = 0
+
+    async def measured() -> Message:
+        nonlocal size
+        message = await receive()
+        part = len(message.get("body", b""))
+        held.take(part)
+        size += part
+        if size > MAX_BODY_BYTES:
+            raise too_large()
+        return message
+
+    return measured
+
+
+def _from_a_page(scope: Scope) -> bool:
+    return any(name == b"origin" for name, _ in scope["headers"])
