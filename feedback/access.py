@@ -17,6 +17,7 @@ from feedback.http import Refused, forbidden, header
 
 KEY_CACHE_SECONDS = 5.0
 KEY_CACHE_SIZE = 1024
+LONGEST_WAIT_SECONDS = 3600
 MAX_QUESTIONS = 2
 
 
@@ -102,7 +103,7 @@ class Access:
                     "The API key sends more requests than it may",
                     remedy="Wait for the seconds in Retry-After, send arrays, or have the key's rate raised",
                 ),
-                {"Retry-After": str(max(1, round(wait)))},
+                {"Retry-After": str(max(1, round(min(wait, LONGEST_WAIT_SECONDS))))},
             )
         return known.caller
 

@@ -12,14 +12,15 @@ from uuid import UUID
 
 import msgspec
 import psycopg
-from fastapi import APIRouter, Body, Depends, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.exceptions import RequestValidationError
 from psycopg.rows import dict_row
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from feedback import dead_letters, keys, openapi
 from feedback.access import Caller
 from feedback.answers import Error
-from feedback.http import Refused, not_found
+from feedback.http import Refused, not_found, read_body
 from feedback.log import Unavailable
 from feedback.service import ADMIN_ROLE, Service
 
@@ -109,8 +110,27 @@ def router(service: Service) -> APIRouter:
         with _connection(service, caller) as conn:
             return [_key(record) for record in keys.list_keys(conn)]
 
-    @api.post("/keys", status_code=201, summary="Make a key; its secret is shown in this answer only")
-    def create_key(caller: Admin, wanted: Annotated[NewKey, Body()]) -> MadeKey:
+    async def new_key(request: Request, _: Admin) -> NewKey:
+        # Not FastAPI's own reading of bodies, which comes before the question who sends them.
+        try:
+            return NewKey.model_validate_json(await read_body(request))
+        except ValidationError as error:
+            raise RequestValidationError(
+                [{**one, "loc": ("body", *one["loc"])} for one in error.errors()]
+            ) from None
+
+    @api.post(
+        "/keys",
+        status_code=201,
+        summary="Make a key; its secret is shown in this answer only",
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {"application/json": {"schema": NewKey.model_json_schema()}},
+            }
+        },
+    )
+    def create_key(caller: Admin, wanted: Annotated[NewKey, Depends(new_key)]) -> MadeKey:
         with _connection(service, caller) as conn:
             record, secret = keys.create_key(
                 conn,
@@ -177,7 +197,7 @@ def _connection(service: Service, caller: Caller) -> Iterator[psycopg.Connection
             yield conn
     except keys.KeyRefused as error:
         raise Refused(422, Error("invalid", str(error))) from None
-    except psycopg.OperationalError as error:
+    except psycopg.Error as error:
         raise Unavailable(f"{type(error).__name__}: {error}") from error
 
 

@@ -62,7 +62,13 @@ def create_app(
 
     @app.get("/readyz", summary="Can it write? 503 while the database is away", tags=["health"])
     async def readyz() -> dict[str, str]:
-        await log.fetch(service.ingest, "SELECT FROM feedback.api_key LIMIT 1")
+        ((frozen,),) = await log.fetch(
+            service.ingest,
+            "SELECT pg_is_in_recovery() OR current_setting('transaction_read_only')::boolean"
+            " FROM (SELECT count(*) FROM (SELECT FROM feedback.api_key LIMIT 1) AS one) AS there",
+        )
+        if frozen:
+            raise log.Unavailable("the database takes no writes")
         return {"status": "ready"}
 
     @app.get("/docs", include_in_schema=False)

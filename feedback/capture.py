@@ -98,6 +98,7 @@ def prepare_event(
     del row["author_id"]
     row |= {
         "event_id": event_id,
+        "app": caller.app,
         "feedback_id": feedback_id,
         "revision": item.revision if item.revision is not None else (1 if item.op == "create" else 2),
         "name": item.name or item.kind,
@@ -146,6 +147,8 @@ async def accept(service: Service, caller: Caller, kind: Kind, items: Sequence[b
     """
     now = datetime.now(UTC)
     prepared = [_prepared(item, kind, caller, service.pseudonym_key, now) for item in items]
+    if kind.log is log.EVENTS:
+        prepared = await _own(service, caller, prepared)
     accepted = [item for item in prepared if isinstance(item, Accepted)]
     writer = service.writers[kind.log]
     outcomes = iter(await writer.append([item.row for item in accepted], sum(map(len, items))))
@@ -160,6 +163,37 @@ def _items(log_name: str, status: str) -> prometheus_client.Counter:
     return metrics.ITEMS.labels(log_name, status)
 
 
+async def _own(
+    service: Service, caller: Caller, prepared: list[Accepted | ItemResult]
+) -> list[Accepted | ItemResult]:
+    """Refuse what would revise or retract another app's feedback: a feedback_id is its first sender's."""
+    named = {
+        item.feedback_id for item in prepared if isinstance(item, Accepted) and item.feedback_id != item.id
+    }
+    if not named:
+        return prepared
+    rows = await log.fetch(service.ingest, _FOREIGN, list(named), caller.app)
+    foreign = {row[0] for row in rows}
+    return [
+        ItemResult(item.id, "invalid", feedback_id=item.feedback_id, error=_NOT_YOURS)
+        if isinstance(item, Accepted) and item.feedback_id in foreign
+        else item
+        for item in prepared
+    ]
+
+
+_FOREIGN = (
+    "SELECT DISTINCT feedback_id::text FROM feedback.feedback_event"
+    " WHERE feedback_id = ANY($1::uuid[]) AND app <> $2"
+)
+_NOT_YOURS = Error(
+    "forbidden",
+    "The feedback_id belongs to another app",
+    field="feedback_id",
+    remedy="Revise or retract with a key of the app that sent it first",
+)
+
+
 def _endpoint(service: Service, kind: Kind) -> Callable[[Request], Awaitable[Response]]:
     async def endpoint(request: Request) -> Response:
         token = bearer(request)
@@ -172,18 +206,9 @@ def _endpoint(service: Service, kind: Kind) -> Callable[[Request], Awaitable[Res
             sent = kind
         body = await read_body(request, gzip=True)
         try:
-            parts, single = split(body)
+            parts, single = split(body, MAX_ITEMS)
         except PayloadError as error:
-            raise Refused(400, error_of(error)) from None
-        if len(parts) > MAX_ITEMS:
-            raise Refused(
-                413,
-                Error(
-                    "too_many_items",
-                    f"The array has {len(parts)} items, more than {MAX_ITEMS}",
-                    remedy=f"Send at most {MAX_ITEMS} items per request",
-                ),
-            )
+            raise Refused(413 if error.code == "too_many_items" else 400, error_of(error)) from None
         results = await accept(service, caller, sent, parts)
         return _answer_single(results[0]) if single else _answer_batch(results)
 

@@ -42,6 +42,13 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=1, max=65535)] = 8787,
     workers: Annotated[int, typer.Option(min=1, max=64)] = 1,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="DATAMOAT_ALLOWED_ORIGINS",
+            help="Origin whose pages may use the API, such as https://app.example.com; repeat it for several.",
+        ),
+    ] = None,
     pseudonym_key_file: Annotated[
         Path,
         typer.Option(
@@ -52,7 +59,8 @@ def serve(
     search: Annotated[
         str | None,
         typer.Option(
-            envvar="DATAMOAT_SEARCH", help="Function behind the ask page, as MODULE:FUNCTION; none by default."
+            envvar="DATAMOAT_SEARCH",
+            help="Function behind the ask page, as MODULE:FUNCTION; none by default.",
         ),
     ] = None,
 ) -> None:
@@ -75,6 +83,7 @@ def serve(
             host=host,
             port=port,
             workers=workers,
+            allowed_origins=allow_origin or (),
             search=check_search(search) if search else None,
             on_ready=lambda line: print(line, flush=True),
         )

@@ -13,15 +13,17 @@ from prometheus_client import Histogram
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from feedback import metrics
-from feedback.http import HELD, MAX_BODY_BYTES, Held, Refused, Room, refusal, too_large
+from feedback.http import HELD, Refused, Room, refusal
 from feedback.log import Unavailable
 
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
-_API = "/v1/"
+# What other origins' pages may use: the API, Langfuse's part of it, and the element itself.
+_SHARED = ("/v1/", "/api/public/", "/widget/")
+_LANGFUSE_HEADERS = ("Public-Key", "Sdk-Name", "Sdk-Version", "Sdk-Variant", "Sdk-Integration")
 _WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS"})
 _PREFLIGHT_SECONDS = 86_400
 
@@ -40,7 +42,12 @@ class Front(FastAPI):
             self._admit,
             allow_origins=tuple(allowed_origins),
             allow_methods=("GET", "POST"),
-            allow_headers=("Authorization", "Content-Encoding", "Content-Type"),
+            allow_headers=(
+                "Authorization",
+                "Content-Encoding",
+                "Content-Type",
+                *(f"X-Langfuse-{name}" for name in _LANGFUSE_HEADERS),
+            ),
             expose_headers=("Retry-After",),
             max_age=_PREFLIGHT_SECONDS,
         )
@@ -49,7 +56,7 @@ class Front(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
-        elif self._shares and scope["path"].startswith(_API) and _from_a_page(scope):
+        elif self._shares and scope["path"].startswith(_SHARED) and _from_a_page(scope):
             await self._cors(scope, receive, send)
         else:
             await self._admit(scope, receive, send)
@@ -66,7 +73,7 @@ class Front(FastAPI):
         try:
             endpoint = self.direct.get(scope["path"]) if scope["method"] == "POST" else None
             if endpoint is None:
-                await super().__call__(scope, _measured(receive, held), send)
+                await super().__call__(scope, receive, send)
                 return
             began = time.perf_counter()
             try:
@@ -82,26 +89,6 @@ class Front(FastAPI):
 @functools.cache
 def _requests(status: int) -> Histogram:
     return metrics.REQUESTS.labels(str(status))
-
-
-def _measured(receive: Receive, held: Held) -> Receive:
-    """``receive`` for routes that may read a body in their own way, within the limits all the same.
-
-    What ``read_body`` reads here is counted twice: that errs on the safe side.
-    """
-    size = 0
-
-    async def measured() -> Message:
-        nonlocal size
-        message = await receive()
-        part = len(message.get("body", b""))
-        held.take(part)
-        size += part
-        if size > MAX_BODY_BYTES:
-            raise too_large()
-        return message
-
-    return measured
 
 
 def _from_a_page(scope: Scope) -> bool:

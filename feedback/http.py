@@ -49,12 +49,12 @@ def not_found(message: str, remedy: str) -> Refused:
     return Refused(404, Error("not_found", message, remedy=remedy))
 
 
-def too_large() -> Refused:
+def too_large(most: int = MAX_BODY_BYTES) -> Refused:
     return Refused(
         413,
         Error(
             "body_too_large",
-            f"The body is larger than {MAX_BODY_BYTES} bytes",
+            f"The body is larger than {most} bytes",
             remedy="Send smaller batches",
         ),
         {"Connection": "close"},
@@ -140,14 +140,19 @@ def header(request: Request, name: bytes) -> str:
     return ""
 
 
-async def read_body(request: Request, types: Collection[str] = (JSON,), *, gzip: bool = False) -> bytes:
-    """The whole body, at most 8 MiB, also when unpacked. Raises Refused with 400, 408, 413, 415 or 503."""
+async def read_body(
+    request: Request, types: Collection[str] = (JSON,), *, gzip: bool = False, most: int = MAX_BODY_BYTES
+) -> bytes:
+    """The whole body, at most ``most`` bytes, also when unpacked. Raises Refused with 400, 408, 413, 415 or 503.
+
+    Ask who sends it first: who has no key is not to fill the memory there is.
+    """
     headers = dict(request.scope["headers"])
     _check_type(headers, types)
     unpack = zlib.decompressobj(wbits=31) if _packed(headers, gzip) else None
     declared = headers.get(b"content-length", b"")
-    if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
-        raise too_large()
+    if declared.isdigit() and int(declared) > most:
+        raise too_large(most)
     held: Held | None = request.scope.get(HELD)
     body = bytearray()
     arrived = 0
@@ -163,12 +168,12 @@ async def read_body(request: Request, types: Collection[str] = (JSON,), *, gzip:
             arrived += len(part)
             if unpack is not None:
                 # One byte more than is allowed is all that a bomb gets unpacked.
-                part = unpack.decompress(part, MAX_BODY_BYTES + 1 - len(body))
+                part = unpack.decompress(part, most + 1 - len(body))
             if held is not None:
                 held.take(len(part))
             body += part
-            if max(arrived, len(body)) > MAX_BODY_BYTES:
-                raise too_large()
+            if max(arrived, len(body)) > most:
+                raise too_large(most)
     except asyncio.CancelledError:
         if deadline.passed():
             raise _too_slow() from None
@@ -262,6 +267,7 @@ def install_errors(app: Starlette) -> None:
     app.add_exception_handler(Unavailable, _answer_refusal)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http_error)
+    app.add_exception_handler(Exception, _answer_fault)
 
 
 def refusal(error: Refused | Unavailable) -> Response:
@@ -294,6 +300,13 @@ async def _answer_invalid(_: Request, error: Exception) -> Response:
         Error("invalid", first["msg"], field=field or None, remedy="See /docs for the type and the limits")
     )
     return answer(422, content)
+
+
+async def _answer_fault(_: Request, __: Exception) -> Response:
+    """A fault of ours; what it was is in the service's log and not in the answer."""
+    return answer(
+        500, ErrorBody(Error("fault", "The service failed", remedy="An operator finds the cause in its log"))
+    )
 
 
 async def _answer_http_error(_: Request, error: Exception) -> Response:

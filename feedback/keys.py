@@ -79,7 +79,7 @@ def ensure_key(
 
     Raises KeyRefused if the key is too short, has an unknown scope, was revoked, or belongs to another app.
     """
-    _check(app, key, scopes)
+    _check(app, key, scopes, holder)
     conn.execute(
         "INSERT INTO feedback.api_key (key_id, key_sha256, app, scopes, holder, requests_per_second, burst)"
         " VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT (key_sha256) DO NOTHING",
@@ -123,11 +123,13 @@ def list_keys(conn: psycopg.Connection[Any]) -> list[ApiKey]:
     return [_from_row(row) for row in rows]
 
 
-def _check(app: str, key: str, scopes: Sequence[str]) -> None:
+def _check(app: str, key: str, scopes: Sequence[str], holder: str | None) -> None:
     if not app.strip() or len(app) > 200:
         raise KeyRefused("the app name must have 1 to 200 characters")
-    if "\0" in app:
-        raise KeyRefused("the app name must not hold a NUL character")
+    if "\0" in app + (holder or ""):
+        raise KeyRefused("the names of app and holder must not hold a NUL character")
+    if "review" in scopes and not holder:
+        raise KeyRefused("a key with scope review needs a holder: the reviewer's name")
     if len(key) < MIN_KEY_LENGTH:
         raise KeyRefused(f"the key must have at least {MIN_KEY_LENGTH} characters; let `key create` make one")
     unknown = sorted(set(scopes) - set(SCOPES))

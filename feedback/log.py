@@ -98,7 +98,7 @@ def _log(table: sa.Table) -> Log:
             f"ON CONFLICT ({key.name}) DO NOTHING RETURNING {key.name}::text"
         ),
         hashes=(
-            f"SELECT {key.name}::text, body_sha256 FROM {table.fullname} "
+            f"SELECT {key.name}::text, body_sha256, app FROM {table.fullname} "
             f"WHERE {key.name} = ANY($1::{key.type.compile(dialect)}[])"
         ),
     )
@@ -170,8 +170,8 @@ async def fetch(pool: Pool, query: str, *args: Any) -> list[Record]:
 async def append(pool: Pool, log: Log, rows: Sequence[Row]) -> list[Outcome]:
     """Add rows to the log; one outcome per row, in order. All of it is committed when this returns.
 
-    A row whose key is there already, or came earlier in ``rows``, is a ``duplicate`` if the body hash is the same
-    and a ``conflict`` if not. A row that Postgres refuses is ``invalid`` alone; the others are kept.
+    A row whose key is there already, or came earlier in ``rows``, is a ``duplicate`` if the body hash and the app are
+    the same and a ``conflict`` if not. A row that Postgres refuses is ``invalid`` alone; the others are kept.
     Raises Unavailable when nothing can be said about any row; everything may then be sent again.
     """
     first: dict[str, Row] = {}
@@ -181,10 +181,10 @@ async def append(pool: Pool, log: Log, rows: Sequence[Row]) -> list[Outcome]:
     created, refused = await _insert(pool, log, [first[key] for key in sorted(first)])
     if len(created) == len(rows):
         return [CREATED] * len(rows)
-    stored = {key: first[key]["body_sha256"] for key in created}
+    stored = {key: _same(first[key]) for key in created}
     unknown = [key for key in first if key not in created and key not in refused]
     if unknown:
-        stored.update(await fetch(pool, log.hashes, unknown))
+        stored.update((key, (sha256, app)) for key, sha256, app in await fetch(pool, log.hashes, unknown))
     outcomes = []
     for row in rows:
         key = row[log.key]
@@ -196,8 +196,15 @@ async def append(pool: Pool, log: Log, rows: Sequence[Row]) -> list[Outcome]:
         elif key not in stored:
             outcomes.append(Outcome("unknown", f"{key} was erased while it was being sent again"))
         else:
-            outcomes.append(DUPLICATE if stored[key] == row["body_sha256"] else CONFLICT)
+            outcomes.append(
+                DUPLICATE if stored[key] in (_same(row), (row["body_sha256"], None)) else CONFLICT
+            )
     return outcomes
+
+
+def _same(row: Row) -> tuple[str, str | None]:
+    """What tells a row sent again from another one under its key; the app is unknown of old rows."""
+    return row["body_sha256"], row.get("app")
 
 
 async def _insert(pool: Pool, log: Log, rows: Sequence[Row]) -> tuple[set[str], dict[str, str]]:

@@ -100,20 +100,14 @@ async def _stored(service: Service) -> CollectorRegistry:
         letters = await log.fetch(
             service.admin, "SELECT count(*) FROM feedback.dead_letter WHERE replayed_at IS NULL"
         )
-        queues = await log.fetch(
+        items = await log.fetch(
             service.review,
-            "SELECT queue.name, count(item.item_id) FROM feedback.review_queue AS queue"
-            " LEFT JOIN feedback.review_item AS item ON item.queue_id = queue.queue_id AND item.state = 'open'"
-            " WHERE queue.closed_at IS NULL GROUP BY queue.name",
+            "SELECT count(*) FROM feedback.review_item WHERE state = 'open'",
         )
     except log.Unavailable:
         return registry
     Gauge("datamoat_dead_letters", "Dead letters not replayed yet", registry=registry).set(letters[0][0])
-    waiting = Gauge(
-        "datamoat_review_open_items", "Items that wait for a reviewer", ["queue"], registry=registry
-    )
-    for name, count in queues:
-        waiting.labels(name).set(count)
+    Gauge("datamoat_review_open_items", "Items that wait for a reviewer", registry=registry).set(items[0][0])
     return registry
 
 

@@ -26,13 +26,17 @@ ImplicitLabel = Literal[
     "shown", "accepted", "rejected", "edited", "copied", "deleted", "rephrased", "regenerated", "abandoned"
 ]
 
+MAX_ITEMS = 1000
 MAX_JSON_BYTES = 65_536
+MAX_DEPTH = 64
 FIRST_YEAR, LAST_YEAR = 2000, 2099
 
 # Ids, names and labels are passed on as they are, so they may not hold what only redacted texts may: an e-mail
 # address anywhere, and in labels seven digits in a row, as telephone numbers have.
-Short = Annotated[str, Meta(min_length=1, max_length=200, pattern="^[^@]*$")]
-Label = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^(?!.*\d(?:[\s().+/-]?\d){6})[^@]*$")]
+Short = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^@\x00]*$")]
+Label = Annotated[
+    str, Meta(min_length=1, max_length=200, pattern=r"^(?![\s\S]*\d(?:[\s().+/-]?\d){6})[^@\x00]*$")
+]
 PersonId = Annotated[str, Meta(min_length=1, max_length=500)]
 Text = Annotated[str, Meta(max_length=1_000_000)]
 FilledText = Annotated[str, Meta(min_length=1, max_length=1_000_000)]
@@ -128,7 +132,13 @@ class FeedbackEvent(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, om
         | None
     ) = None
     revision: (
-        Annotated[Count, Meta(description="Defaults to 1 for create, 2 for revise and retract.")] | None
+        Annotated[
+            Count,
+            Meta(
+                description="Defaults to 1 for create, 2 for revise and retract; whoever numbers revisions numbers them all."
+            ),
+        ]
+        | None
     ) = None
     name: Annotated[Label, Meta(description="What is judged; defaults to the kind.")] | None = None
     score: float | None = None
@@ -161,7 +171,7 @@ class FeedbackEvent(msgspec.Struct, kw_only=True, forbid_unknown_fields=True, om
 
 _interactions = msgspec.json.Decoder(Interaction)
 _events = msgspec.json.Decoder(FeedbackEvent)
-_raw_items = msgspec.json.Decoder(list[msgspec.Raw])
+_raw_items = msgspec.json.Decoder(Annotated[list[msgspec.Raw], Meta(max_length=MAX_ITEMS)])
 _canonical = msgspec.json.Encoder(order="sorted")
 
 _CHOICES = {
@@ -235,8 +245,10 @@ def body_sha256(item: Interaction | FeedbackEvent, person_ref: str | None) -> st
     return hashlib.sha256(_canonical.encode(canonical)).hexdigest()
 
 
-def split(body: bytes) -> tuple[list[bytes], bool]:
+def split(body: bytes, most: int = MAX_ITEMS) -> tuple[list[bytes], bool]:
     """Cut a request body into the JSON of its items; the flag says whether it was one object, not an array.
+
+    More than ``most`` items (at most 1,000) are refused while they are counted, before they cost memory.
 
     An item that is not JSON in the strict sense (NaN, a lone surrogate) is cut out like the others, so that it
     fails alone when it is parsed. Raises PayloadError, with the position, if the body cannot be cut at all.
@@ -253,10 +265,26 @@ def split(body: bytes) -> tuple[list[bytes], bool]:
         if single:
             msgspec.json.decode(body, type=msgspec.Raw)
             return [body], True
-        return [bytes(item) for item in _raw_items.decode(body)], False
+        cut = _raw_items.decode(body)
+    except msgspec.ValidationError:
+        raise _too_many(most) from None
     except (msgspec.DecodeError, RecursionError):
         items = _lenient(body)
+        if not single and len(items) > most:
+            raise _too_many(most) from None
         return [json.dumps(item).encode() for item in ([items] if single else items)], single
+
+    if len(cut) > most:
+        raise _too_many(most)
+    return [bytes(item) for item in cut], False
+
+
+def _too_many(most: int) -> PayloadError:
+    return PayloadError(
+        f"The array has more than {most} items",
+        code="too_many_items",
+        remedy=f"Send at most {most} items per request",
+    )
 
 
 def item_id(raw: bytes, field: str) -> str | None:
@@ -375,12 +403,33 @@ def _in_utc(moment: datetime | None) -> datetime | None:
 
 
 def _check_json_size(field: str, value: Any) -> None:
+    if _deeper_than(value, MAX_DEPTH):
+        raise PayloadError(
+            f"{field} is nested more than {MAX_DEPTH} levels deep",
+            field=field,
+            remedy="Flatten it: whoever reads it back must be able to",
+        )
     if value is not None and len(msgspec.json.encode(value)) > MAX_JSON_BYTES:
         raise PayloadError(
             f"{field} is larger than {MAX_JSON_BYTES} bytes of JSON",
             field=field,
             remedy="Keep large content elsewhere and send a reference to it",
         )
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    """Whether JSON is nested deeper, found level by level: recursion would fail where it matters."""
+    level = [value]
+    for _ in range(levels):
+        level = [
+            inner
+            for one in level
+            if isinstance(one, dict | list)
+            for inner in (one.values() if isinstance(one, dict) else one)
+        ]
+        if not level:
+            return False
+    return any(isinstance(one, dict | list) for one in level)
 
 
 def _fill_thumb(item: FeedbackEvent) -> None:

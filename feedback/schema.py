@@ -131,6 +131,8 @@ feedback_event = sa.Table(
     "feedback_event",
     metadata,
     sa.Column("event_id", pg.UUID, primary_key=True),
+    # Of the key that sent it; unknown of events from before it was kept.
+    sa.Column("app", sa.Text),
     sa.Column("feedback_id", pg.UUID, nullable=False),
     sa.Column("op", sa.Text, nullable=False),
     sa.Column("revision", sa.Integer, nullable=False),

@@ -11,6 +11,7 @@ follows from the answer and the author; so a page can add to, revise or retract 
 import base64
 import hashlib
 import hmac
+import secrets
 import time
 import typing
 from typing import Annotated, Any, Literal
@@ -84,11 +85,13 @@ _requests = msgspec.json.Decoder(TokenRequest)
 def mint(pseudonym_key: bytes, caller: Caller, wanted: TokenRequest, now: float | None = None) -> Token:
     """A token with which a browser may send feedback on one answer, as one author, in the name of ``caller``'s key.
 
-    Without a ``user_id`` the author stays unknown; those who share a session then share what they said.
+    Without a ``user_id`` the author stays unknown; those who share a session then share what they said, and without
+    a session each token stands alone: a page that asks for a new one does not see what it said before.
     """
     author_ref = pseudonym(pseudonym_key, caller.app, wanted.user_id) if wanted.user_id else None
     key = _signing_key(pseudonym_key)
-    about = [caller.app, wanted.interaction_id, author_ref, None if author_ref else wanted.session_id]
+    whose = author_ref or wanted.session_id or secrets.token_hex(16)
+    about = [caller.app, wanted.interaction_id, author_ref is None, whose]
     claims = Claims(
         v=1,
         interaction_id=wanted.interaction_id,
@@ -266,13 +269,10 @@ def routes(service: Service) -> list[Route]:
         caller = await service.access.caller(request, "ingest")
         body = await read_body(request)
         try:
-            items, single = split(body)
+            items, single = split(body, MAX_TOKENS)
         except PayloadError as error:
-            raise Refused(400, Error(error.code, error.message, error.field, error.remedy)) from None
-        if len(items) > MAX_TOKENS:
-            raise Refused(
-                413, Error("too_many_items", f"More than {MAX_TOKENS} tokens", remedy="Ask for fewer at once")
-            )
+            status = 413 if error.code == "too_many_items" else 400
+            raise Refused(status, Error(error.code, error.message, error.field, error.remedy)) from None
         tokens = [
             mint(service.pseudonym_key, caller, _request(item, "" if single else f"[{index}]"))
             for index, item in enumerate(items)

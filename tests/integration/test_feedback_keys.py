@@ -61,6 +61,7 @@ def test_a_revoked_key_is_not_brought_back(conn: psycopg.Connection[Any]) -> Non
         ("", KEY, ["ingest"], "app name"),
         ("support", "short", ["ingest"], "20 characters"),
         ("support", KEY, ["everything"], "unknown scopes"),
+        ("support", KEY, ["review"], "needs a holder"),
         ("support", KEY, [], "scopes"),
     ],
 )

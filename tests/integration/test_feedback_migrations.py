@@ -179,3 +179,29 @@ def test_the_writer_changes_nothing_and_sees_no_keys(as_role: Any, statement: Li
 def test_the_analyst_sees_nothing_of_the_log(as_role: Any, table: LiteralString) -> None:
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
         as_role("datamoat_analyst", "SELECT count(*) FROM feedback." + table)
+
+
+@pytest.mark.parametrize("role", ["datamoat_ingest", "datamoat_admin", "datamoat_review"])
+def test_nobody_says_when_a_row_arrived(as_role: Any, role: LiteralString) -> None:
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        as_role(
+            role,
+            "INSERT INTO feedback.feedback_event (event_id, feedback_id, op, revision, kind, name, annotator_kind,"
+            " occurred_at, api_key_id, body_sha256, xact_id) VALUES (gen_random_uuid(), gen_random_uuid(), 'create', 1,"
+            " 'thumb', 'thumb', 'HUMAN', now(), gen_random_uuid(), 'x', '5'::xid8)",
+        )
+
+
+ADMIN_MAY_NOT: tuple[LiteralString, ...] = (
+    "UPDATE feedback.dead_letter SET row = 'x'",
+    "DELETE FROM feedback.dead_letter",
+    "UPDATE feedback.admin_audit SET actor = 'x'",
+    "DELETE FROM feedback.api_key",
+    "SELECT messages FROM feedback.interaction",
+)
+
+
+@pytest.mark.parametrize("statement", ADMIN_MAY_NOT)
+def test_the_admin_role_rewrites_no_history(as_role: Any, statement: LiteralString) -> None:
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        as_role("datamoat_admin", statement)

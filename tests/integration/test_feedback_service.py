@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -427,3 +428,69 @@ def test_keys_by_command_line(feedback_service: FeedbackService) -> None:
     assert "revoked" in run("key", "list").stdout.splitlines()[-1]
     unknown = run("key", "revoke", str(uuid7()))
     assert (unknown.returncode, "key list" in unknown.stderr) == (1, True)
+
+
+@pytest.fixture
+def stranger(feedback_service: FeedbackService) -> Iterator[httpx.Client]:
+    """A client with the key of another app."""
+    with psycopg.connect(feedback_service.database_url) as conn:
+        key = create_key(conn, "another")[1]
+    with httpx.Client(
+        base_url=feedback_service.base_url, headers={"Authorization": f"Bearer {key}"}, trust_env=False
+    ) as opened:
+        yield opened
+
+
+def test_no_app_changes_what_another_one_sent(
+    feedback_service: FeedbackService, http: httpx.Client, stranger: httpx.Client
+) -> None:
+    mine = thumb()
+    feedback_id = http.post("/v1/feedback", json=mine).json()["feedback_id"]
+    for op in ("retract", "revise", "create"):
+        theirs = thumb(op=op, feedback_id=feedback_id, revision=2_147_483_647)
+        refused = stranger.post("/v1/feedback", json=theirs)
+        assert (refused.status_code, refused.json()["error"]["field"]) == (403, "feedback_id")
+    batch = stranger.post(
+        "/v1/feedback", json=[thumb(), thumb(op="revise", feedback_id=feedback_id, revision=9)]
+    )
+    assert [one["status"] for one in batch.json()["results"]] == ["created", "invalid"]
+    # The same id and body from another app is no retry: nothing of theirs would be stored.
+    assert stranger.post("/v1/feedback", json=mine).status_code == 409
+    assert http.post("/v1/feedback", json=mine).status_code == 200
+    revised = thumb(op="revise", feedback_id=feedback_id, score=0)
+    assert http.post("/v1/feedback", json=revised).status_code == 201
+    with psycopg.connect(feedback_service.database_url) as conn:
+        states = conn.execute(
+            "select app, score from feedback.current(array[%s]::uuid[])", (feedback_id,)
+        ).fetchall()
+    assert states == [("support", 0.0)]
+
+
+@pytest.mark.parametrize("item", ["0", "NaN"])
+def test_millions_of_items_are_refused_while_they_are_counted(http: httpx.Client, item: str) -> None:
+    body = "[" + ",".join([item] * 1_000_000) + "]"
+    answer = http.post("/v1/feedback", content=body, headers=JSON)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_many_items")
+
+
+def test_what_is_nested_deeply_is_refused(http: httpx.Client) -> None:
+    deep: Any = "x"
+    for _ in range(100):
+        deep = {"inner": deep}
+    answer = http.post("/v1/feedback", json=thumb(metadata=deep))
+    assert (answer.status_code, answer.json()["error"]["field"]) == (422, "metadata")
+
+
+def test_who_has_no_key_holds_no_memory(feedback_service: FeedbackService) -> None:
+    """The answer comes before the body: a sender without a key cannot make the service wait for it."""
+    head = "POST {path} HTTP/1.1\r\nHost: x\r\nOrigin: http://x\r\nContent-Type: {type}\r\nContent-Length: 8000000\r\n\r\n{{"
+    for path, media_type, status in (
+        ("/v1/admin/keys", "application/json", b"401"),
+        ("/v1/feedback", "application/json", b"401"),
+        ("/v1/traces", "application/json", b"401"),
+        ("/v1/tokens", "application/json", b"401"),
+        ("/login", "application/x-www-form-urlencoded", b"413"),
+    ):
+        with socket.create_connection(("127.0.0.1", feedback_service.port), timeout=20) as connection:
+            connection.sendall(head.format(path=path, type=media_type).encode())
+            assert connection.recv(4096).split(b" ")[1] == status, path

@@ -129,9 +129,9 @@ def test_an_event_is_held_to_its_token() -> None:
     "change",
     [
         {"event_id": None},
-        {"event_id": str(uuid7())},
+        {"event_id": "01932f6e-4a00-7000-8000-0000000000b1"},
         {"event_id": "00000000-0000-4000-8000-{node}"},
-        {"feedback_id": str(uuid7())},
+        {"feedback_id": "01932f6e-4a00-7000-8000-0000000000b2"},
         {"kind": "comment", "explanation": "x"},
         {"interaction_id": "i-2"},
         {"session_id": "t"},
@@ -160,3 +160,12 @@ def test_what_the_token_does_not_allow_is_refused(change: dict[str, str | None])
         bind(found, item)
     assert refused.value.field in change
     assert refused.value.code == "forbidden"
+
+
+def test_strangers_share_nothing_unless_they_share_a_session() -> None:
+    def node(**who: str) -> str:
+        return read(KEY, mint(KEY, CALLER, TokenRequest(interaction_id="i", **who), NOW).token, NOW).node  # type: ignore[arg-type]
+
+    assert node() != node()
+    assert node(session_id="s") == node(session_id="s") != node(session_id="t")
+    assert node(user_id="ana") == node(user_id="ana", session_id="s") != node(user_id="bob")

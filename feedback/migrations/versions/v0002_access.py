@@ -15,6 +15,7 @@ def upgrade() -> None:
     op.add_column("api_key", sa.Column("holder", sa.Text), schema="feedback")
     op.add_column("api_key", sa.Column("requests_per_second", sa.Double), schema="feedback")
     op.add_column("api_key", sa.Column("burst", sa.Double), schema="feedback")
+    op.add_column("feedback_event", sa.Column("app", sa.Text), schema="feedback")
     op.create_table(
         "dead_letter",
         sa.Column("dead_letter_id", pg.UUID, nullable=False),
@@ -73,16 +74,37 @@ def upgrade() -> None:
             ORDER BY e.feedback_id, e.revision DESC, least(e.occurred_at, e.received_at) DESC, e.event_id DESC;
         END;
 
+        -- When a row arrived and in which transaction is the database's to say, so nobody may insert that.
+        REVOKE INSERT ON feedback.interaction, feedback.feedback_event FROM datamoat_ingest;
+        DO $do$
+        DECLARE
+            role_name text;
+            table_name text;
+            columns text;
+        BEGIN
+            FOREACH table_name IN ARRAY ARRAY['interaction', 'feedback_event'] LOOP
+                SELECT string_agg(quote_ident(attname), ', ') INTO columns
+                FROM pg_attribute
+                WHERE attrelid = ('feedback.' || table_name)::regclass AND attnum > 0 AND NOT attisdropped
+                    AND attname NOT IN ('received_at', 'xact_id');
+                FOREACH role_name IN ARRAY ARRAY['datamoat_ingest', 'datamoat_admin', 'datamoat_review'] LOOP
+                    IF role_name <> 'datamoat_review' OR table_name = 'feedback_event' THEN
+                        EXECUTE format('GRANT INSERT (%s) ON feedback.%I TO %I', columns, table_name, role_name);
+                    END IF;
+                END LOOP;
+            END LOOP;
+        END
+        $do$;
         GRANT INSERT ON feedback.dead_letter TO datamoat_ingest;
+        GRANT SELECT (app) ON feedback.interaction TO datamoat_ingest;
+        GRANT SELECT (app, feedback_id) ON feedback.feedback_event TO datamoat_ingest;
         GRANT USAGE ON SCHEMA feedback TO datamoat_review, datamoat_admin;
         GRANT SELECT ON feedback.interaction, feedback.feedback_event TO datamoat_review;
-        GRANT INSERT ON feedback.feedback_event TO datamoat_review;
         GRANT SELECT, INSERT, UPDATE ON feedback.api_key TO datamoat_admin;
-        GRANT SELECT, UPDATE ON feedback.dead_letter TO datamoat_admin;
+        GRANT SELECT, UPDATE (replayed_at, outcome) ON feedback.dead_letter TO datamoat_admin;
         GRANT SELECT ON feedback.admin_audit TO datamoat_admin;
-        GRANT INSERT ON feedback.interaction, feedback.feedback_event TO datamoat_admin;
-        GRANT SELECT (interaction_id, body_sha256) ON feedback.interaction TO datamoat_admin;
-        GRANT SELECT (event_id, body_sha256) ON feedback.feedback_event TO datamoat_admin;
+        GRANT SELECT (interaction_id, body_sha256, app) ON feedback.interaction TO datamoat_admin;
+        GRANT SELECT (event_id, body_sha256, app) ON feedback.feedback_event TO datamoat_admin;
         """
     )
 
