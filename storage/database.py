@@ -23,7 +23,14 @@ Driver = Literal["psycopg", "psycopg2"]
 MINIMUM_SERVER = 15
 # Earlier releases corrupt HNSW indexes under concurrent inserts and vacuum.
 MINIMUM_VECTOR = (0, 8, 4)
-ROLES = ("datamoat_owner", "datamoat_writer", "datamoat_ingest", "datamoat_analyst")
+ROLES = (
+    "datamoat_owner",
+    "datamoat_writer",
+    "datamoat_ingest",
+    "datamoat_review",
+    "datamoat_admin",
+    "datamoat_analyst",
+)
 CONNECT_SECONDS = 10
 
 _CREATE_DATABASE_LOCK = 0x6D6F6174  # any number of ours
