@@ -92,7 +92,7 @@ class Service:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
         with psycopg.connect(self.database_url) as conn:
-            self.key = create_key(conn, "shop", SCOPES)[1]
+            self.key = create_key(conn, "shop", SCOPES, holder="load")[1]
 
     def __enter__(self) -> "Service":
         self.start()

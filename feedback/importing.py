@@ -99,11 +99,13 @@ def records(path: Path) -> Iterator[tuple[int, Any]]:
                 yield from _lines(path, file)
                 return
             whole = json.loads(first + file.read())
+    except ImportRefused:
+        raise
     except FileNotFoundError:
         raise ImportRefused(f"{path} is missing") from None
     except (OSError, EOFError, UnicodeDecodeError) as error:
         raise ImportRefused(f"{path} cannot be read: {error}; export it as UTF-8 JSON again") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise ImportRefused(f"{path} is neither JSON nor JSON Lines: {error}") from error
     yield from enumerate(whole if isinstance(whole, list) else [whole], start=1)
 
@@ -114,7 +116,7 @@ def _lines(path: Path, file: Any) -> Iterator[tuple[int, Any]]:
             continue
         try:
             yield place, json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ImportRefused(
                 f"{path}, line {place} is not JSON: {error}; the lines before it are stored, and importing the"
                 " mended file again stores them no second time"

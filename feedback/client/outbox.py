@@ -47,8 +47,8 @@ class SpoolStatus:
 
     ``recorded`` calls were taken, ``written`` of them are on disk, ``full`` were refused with SpoolFull. Of the items
     sent, adopted ones included, ``acknowledged`` are in the log and ``refused`` in ``refused.jsonl`` of the folder.
-    ``torn_bytes`` were cut from segments of processes that died while writing. ``waiting_bytes`` are yet to be sent by
-    this process; ``folder_bytes`` is what counts against the limit. ``problem`` is what stands in the way now;
+    ``torn_bytes`` were cut from segments of processes that died while writing, ``damaged_bytes`` lay between whole
+    records, which a disk in order does not do. ``waiting_bytes`` are yet to be sent by this process; ``folder_bytes`` is what counts against the limit. ``problem`` is what stands in the way now;
     ``stopped`` says that the service does not accept the key, and nothing is sent until a new client is made.
     """
 
@@ -58,6 +58,7 @@ class SpoolStatus:
     acknowledged: int = 0
     refused: int = 0
     torn_bytes: int = 0
+    damaged_bytes: int = 0
     waiting_bytes: int = 0
     folder_bytes: int = 0
     stopped: bool = False
@@ -158,6 +159,7 @@ class Outbox:
             return replace(
                 self._status,
                 torn_bytes=self._spool.torn_bytes,
+                damaged_bytes=self._spool.damaged_bytes,
                 waiting_bytes=self._spool.unsent_bytes(),
                 problem="; ".join(self._problems.values()) or None,
             )

@@ -6,7 +6,7 @@ Does not belong here: threads and limits (``feedback.client.outbox``), HTTP, wha
 A segment is ``MAGIC`` and then records, each its length and CRC-32 (8 bytes, little-endian), one byte of tag, and the
 body. Its owner holds ``flock`` on it, which the kernel lets go when the owner dies; then the next process that looks
 takes it over. What is acknowledged is remembered in memory only: an adopted segment is sent from its start, and ids
-make the repeats harmless.
+make the repeats harmless. Where a segment is damaged, it goes on with the next record whose CRC is right.
 """
 
 import fcntl
@@ -49,15 +49,28 @@ def unpack(data: bytes, limit: int | None = None) -> tuple[list[Record], int]:
     """The whole, intact records at the start of ``data``, at most ``limit``, and how many bytes they take."""
     records: list[Record] = []
     at = 0
-    while at + _HEADER.size <= len(data) and len(records) != limit:
-        length, crc = _HEADER.unpack_from(data, at)
-        content = data[at + _HEADER.size : at + _HEADER.size + length]
-        # No record is empty; a file system that lost power may leave zeros, of which the CRC would be right.
-        if length == 0 or len(content) < length or zlib.crc32(content) != crc:
-            break
+    while len(records) != limit and (content := _content(data, at)):
         records.append(Record(content[:1], content[1:]))
-        at += _HEADER.size + length
+        at += _HEADER.size + len(content)
     return records, at
+
+
+def next_whole(data: bytes) -> int:
+    """The offset of the first whole, intact record in ``data``; the length of ``data`` if there is none."""
+    return next((at for at in range(len(data)) if _content(data, at)), len(data))
+
+
+def _content(data: bytes, at: int) -> bytes:
+    """Tag and body of the record at offset ``at``; empty if none is there that is whole and intact."""
+    start = at + _HEADER.size
+    if start >= len(data):
+        return b""
+    length, crc = _HEADER.unpack_from(data, at)
+    if length > len(data) - start:
+        return b""
+    # Zeros, which a file system that lost power may leave, are a record of length 0 and a right CRC: none of ours.
+    content = data[start : start + length]
+    return content if zlib.crc32(content) == crc else b""
 
 
 @dataclass(eq=False)
@@ -80,6 +93,10 @@ class _Segment:
             if len(data) < whole <= available:
                 records, taken = unpack(os.pread(self.fd, whole, self.sent))
         return records, self.sent + taken
+
+    def resume(self) -> int:
+        """The offset of the next whole record after what is none; ``end`` if there is no more."""
+        return self.sent + next_whole(os.pread(self.fd, self.end - self.sent, self.sent))
 
 
 @dataclass(frozen=True)
@@ -104,6 +121,7 @@ class Spool:
         """
         self.folder = folder
         self.torn_bytes = 0
+        self.damaged_bytes = 0
         self._fsync = fsync
         self._lock = threading.Lock()
         self._segments: list[_Segment] = []  # oldest first
@@ -131,22 +149,18 @@ class Spool:
             active.end += len(packed)
 
     def read(self, max_records: int, max_bytes: int) -> Batch | None:
-        """The oldest records not yet done; None if there are none. A torn tail is cut, counted and logged.
+        """The oldest records not yet done; None if there are none. What is no whole record is counted and logged.
 
         ``max_bytes`` is exceeded by a single record that is larger.
         """
         with self._lock:
             for segment in list(self._segments):
-                records, after = segment.read(max_records, max_bytes)
-                if records:
-                    return Batch(records, segment, after)
-                torn = segment.end - segment.sent
-                if torn:
-                    self.torn_bytes += torn
-                    _log.warning(
-                        "%s ends in %d bytes that are no whole record; they were cut", segment.path, torn
-                    )
-                if torn or segment is not self._active:
+                while segment.sent < segment.end:
+                    records, after = segment.read(max_records, max_bytes)
+                    if records:
+                        return Batch(records, segment, after)
+                    self._skip(segment)
+                if segment is not self._active or segment.end > len(MAGIC):
                     self._advance(segment, segment.end)
         return None
 
@@ -233,6 +247,22 @@ class Spool:
         for segment in self._segments:
             os.close(segment.fd)
         self._segments, self._active = [], None
+
+    def _skip(self, segment: _Segment) -> None:
+        """Go on behind what is no whole record: a write cut short at the end, or damage before whole records."""
+        at = segment.resume()
+        lost, segment.sent = at - segment.sent, at
+        if at == segment.end:
+            self.torn_bytes += lost
+            _log.warning("%s ends in %d bytes that are no whole record; they were cut", segment.path, lost)
+        else:
+            self.damaged_bytes += lost
+            _log.error(
+                "%s is damaged: %d bytes before offset %d were lost; check the disk. What follows is sent",
+                segment.path,
+                lost,
+                at,
+            )
 
     def _advance(self, segment: _Segment, sent: int) -> None:
         segment.sent = sent

@@ -34,7 +34,7 @@ def _chatlogs(service: Service) -> Endpoint:
         items: dict[int, Item] = {}
         for place, line in enumerate(lines):
             try:
-                (items[place],) = chatlog.to_items(json_object(line))
+                (items[place],) = chatlog.to_items(json_object(line), caller.app)
             except PayloadError as error:
                 results[place] = ItemResult(None, "invalid", error=error_of(error))
         results |= zip(items, await store(service, caller, list(items.values())), strict=True)

@@ -4,9 +4,8 @@ Belongs here: what at least two of the protocols need. Does not belong here: any
 """
 
 import base64
-import binascii
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -23,6 +22,8 @@ from feedback.openapi import response
 from feedback.payloads import PayloadError
 from feedback.service import Service
 
+PIECE_BYTES = 4 * 1024 * 1024
+
 Endpoint = Callable[[Request], Awaitable[Response]]
 
 
@@ -33,7 +34,7 @@ async def authenticated(service: Service, request: Request) -> Caller:
         return await service.access.caller(request, "ingest")
     try:
         public, _, secret = base64.b64decode(credentials, validate=True).decode().partition(":")
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:
         raise Refused(
             401, Error("unauthorized", "The Basic credentials are not base64 of public:secret")
         ) from None
@@ -56,15 +57,33 @@ def _ingesting(caller: Caller) -> Caller:
 
 async def store(service: Service, caller: Caller, items: Sequence[Item]) -> list[ItemResult]:
     """Commit items of both kinds; one result per item, in order. Raises Unavailable as ``accept`` does."""
-    results: list[ItemResult | None] = [None] * len(items)
+    results: dict[int, ItemResult] = {}
     for name, kind in (("interaction", INTERACTIONS), ("feedback", EVENTS)):
-        places = [place for place, item in enumerate(items) if item.kind == name]
-        for start in range(0, len(places), MAX_ITEMS):
-            some = places[start : start + MAX_ITEMS]
-            stored = await accept(service, caller, kind, [encoded(items[place].body) for place in some])
-            for place, result in zip(some, stored, strict=True):
-                results[place] = result
-    return [result for result in results if result is not None]
+        for places, bodies in _pieces(items, name):
+            results |= zip(places, await accept(service, caller, kind, bodies), strict=True)
+    return [results[place] for place in range(len(items))]
+
+
+def _pieces(items: Sequence[Item], kind: str) -> Iterator[tuple[list[int], list[bytes]]]:
+    """The items of a kind, as their places and their JSON, in pieces between which other requests get their turn.
+
+    A piece is encoded when it is asked for: the whole of a request may be much larger than the request was.
+    """
+    places: list[int] = []
+    bodies: list[bytes] = []
+    size = 0
+    for place, item in enumerate(items):
+        if item.kind != kind:
+            continue
+        body = encoded(item.body)
+        if bodies and (len(bodies) == MAX_ITEMS or size + len(body) > PIECE_BYTES):
+            yield places, bodies
+            places, bodies, size = [], [], 0
+        places.append(place)
+        bodies.append(body)
+        size += len(body)
+    if bodies:
+        yield places, bodies
 
 
 def encoded(body: Mapping[str, Any]) -> bytes:

@@ -25,10 +25,13 @@ Belongs here: the shape of a format, and what several formats share. Does not be
 """
 
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 from uuid import UUID, uuid5
+
+from feedback.payloads import PayloadError
 
 _THUMBS = {
     **dict.fromkeys(("up", "thumbs_up", "thumbs-up", "thumbs up", "thumbsup", "👍"), 1.0),
@@ -55,7 +58,9 @@ class Format(Protocol):
 
 def stable_id(*parts: str) -> str:
     """The UUID (version 5) that stands for ``parts``: the format's name, then what identifies the record there."""
-    return str(uuid5(_NAMESPACE, "\0".join(parts)))
+    # Half of a surrogate pair, of which validation will tell, has no bytes in UTF-8.
+    name = "\0".join(parts).encode(errors="backslashreplace").decode()
+    return str(uuid5(_NAMESPACE, name))
 
 
 def content_id(*parts: str, body: Mapping[str, Any]) -> str:
@@ -75,6 +80,19 @@ def span_key(trace_id: str, span_id: str) -> str:
 def given(**fields: Any) -> dict[str, Any]:
     """``fields`` without those that are None: what was not said is not sent."""
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def number(value: Any, field: str) -> float | None:
+    """``value``, which is a number or None. Raises PayloadError, for ``field``, if it is no number or has no float."""
+    if value is None or isinstance(value, float):
+        return value
+    if isinstance(value, int) and abs(value) <= sys.float_info.max:
+        return value
+    raise PayloadError(
+        f"{field} is {'a number beyond all bounds' if isinstance(value, int) else 'not a number'}",
+        field=field,
+        remedy="Send a number; wording goes into a label or a comment",
+    )
 
 
 def opinion(

@@ -4,7 +4,7 @@
   interaction named by ``response.id``; ``workload_id``, the task that the call does, is its ``prompt_name``.
 - A training line, ``{messages, ...}``, is an interaction whose output is the last message, if that is the assistant's.
 
-Where there is no id of its own, the line's content makes it, so that the same line is stored once.
+Where there is no id of its own, the line's content makes it, so that the same line is stored once for each app.
 
 Belongs here: the fields of such lines. Does not belong here: reading files, HTTP (``feedback.compat``).
 """
@@ -21,14 +21,17 @@ from feedback.payloads import PayloadError
 NAME = "chatlog"
 
 
-def to_items(record: Any) -> Iterator[Item]:
-    """The interaction of one line. Raises PayloadError if it is neither form."""
+def to_items(record: Any, owner: str = "") -> Iterator[Item]:
+    """The interaction of one line. Raises PayloadError if it is neither form.
+
+    ``owner`` keeps apart lines of several apps that say the same and have no id of their own.
+    """
     if not isinstance(record, Mapping) or not {"request", "messages"} & set(record):
         raise PayloadError(
             "The line has neither request nor messages",
             remedy="Send {request, response, ...} or {messages} as one JSON object a line",
         )
-    yield _logged(record) if "request" in record else _trained(record)
+    yield _logged(record, owner) if "request" in record else _trained(record, owner)
 
 
 def from_items(items: Sequence[Item]) -> dict[str, Any]:
@@ -41,14 +44,14 @@ def from_items(items: Sequence[Item]) -> dict[str, Any]:
     return rebuilt | rest
 
 
-def _logged(record: Mapping[str, Any]) -> Item:
+def _logged(record: Mapping[str, Any], owner: str) -> Item:
     request, response = need(record, "request", dict), record.get("response") or {}
     if not isinstance(response, Mapping):
         raise PayloadError("response is not an object", field="response", remedy="Send OpenAI's response")
     usage = response.get("usage")
     usage = usage if isinstance(usage, Mapping) else {}
     body: dict[str, Any] = {
-        "interaction_id": response.get("id") or _digest(record),
+        "interaction_id": response.get("id") or _digest(record, owner),
         "messages": [message(entry) for entry in objects(request, "messages")],
         **given(
             output=answer(response["choices"]) if response.get("choices") else None,
@@ -108,9 +111,9 @@ def _fitting(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if fits(value)}
 
 
-def _trained(record: Mapping[str, Any]) -> Item:
+def _trained(record: Mapping[str, Any], owner: str) -> Item:
     messages = [message(entry) for entry in objects(record, "messages")]
-    body: dict[str, Any] = {"interaction_id": _digest(record), "messages": messages}
+    body: dict[str, Any] = {"interaction_id": _digest(record, owner), "messages": messages}
     if len(messages) > 1 and messages[-1]["role"] == "assistant":
         body |= {"messages": messages[:-1], "output": messages[-1]["content"]}
     rest = keep(record, _trained_back(Item("interaction", body)))
@@ -135,9 +138,9 @@ def _moment(value: Any) -> Any:
     return value
 
 
-def _digest(record: Mapping[str, Any]) -> str:
+def _digest(record: Mapping[str, Any], owner: str) -> str:
     """The id of a line that has none; of the person who asked it tells nothing."""
     request = record.get("request")
     if isinstance(request, Mapping):
         request = {name: value for name, value in request.items() if name != "user"}
-    return content_id(NAME, body={**record, "request": request})
+    return content_id(NAME, owner, body={**record, "request": request})

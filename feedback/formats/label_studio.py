@@ -11,9 +11,10 @@ Belongs here: that mapping. Does not belong here: labels of images, audio or spa
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from feedback.formats import Item, given, stable_id
+from feedback.formats import Item, given, number, stable_id
 from feedback.formats.records import (
     from_messages,
+    inner,
     keep,
     kept,
     moment,
@@ -57,10 +58,10 @@ def _task(task_id: str, task: Mapping[str, Any]) -> dict[str, Any]:
     messages, asked = to_messages(need(task, "data", Mapping))
     predicted = objects(task, "predictions")
     texts = [
-        "\n".join(region["value"]["text"])
+        "\n".join(lines)
         for prediction in predicted
         for region in objects(prediction, "result")
-        if isinstance((region.get("value") or {}).get("text"), list)
+        if (lines := _lines(inner(region, "value")))
     ]
     body = given(
         interaction_id=f"label-studio/{task_id}",
@@ -111,15 +112,14 @@ def _annotation(task_id: str, annotation: Mapping[str, Any]) -> Iterator[Item]:
             {"kind": "category", "name": "annotation", "label": label},
             {"annotation": head},
         )
-    for number, region in enumerate(regions):
+    for place, region in enumerate(regions):
         # The annotation itself goes with its first event; the others name it.
         content = _content(region)
-        lines = (region.get("value") or {}).get("text")
-        if content["kind"] in ("correction", "comment") and isinstance(lines, list) and len(lines) == 1:
+        if content["kind"] in ("correction", "comment") and len(_lines(region["value"]) or ()) == 1:
             # The text is in our own field, where it can be redacted and erased.
             region = {**region, "value": {k: v for k, v in region["value"].items() if k != "text"}}
-        own = {"annotation": head if number == 0 else {"id": annotation["id"]}, "region": region}
-        yield _event(common, id, changed, str(region.get("id") or number), content, own)
+        own = {"annotation": head if place == 0 else {"id": annotation["id"]}, "region": region}
+        yield _event(common, id, changed, str(region.get("id") or place), content, own)
 
 
 def _region_back(item: Item) -> dict[str, Any]:
@@ -141,18 +141,20 @@ def _event(
 
 def _content(region: Mapping[str, Any]) -> dict[str, Any]:
     """What a region says, by the type of its control; a region of any other type is kept in ``value``."""
-    value, name = region.get("value") or {}, str(region.get("from_name") or "region")
+    value, name = inner(region, "value"), str(region.get("from_name") or "region")
     match region.get("type"):
-        case "choices" | "taxonomy" if value.get(region["type"]):
-            chosen = [str(one[-1] if isinstance(one, list) else one) for one in value[region["type"]]]
+        case "choices" | "taxonomy" if _list(value, region["type"]):
+            chosen = [str(one[-1] if isinstance(one, list) and one else one) for one in value[region["type"]]]
             label = said(chosen[0]).get("label")
             if label is not None:
                 return {"kind": "category", "name": name, "label": label, "value": {"chosen": chosen}}
         case "rating" if isinstance(value.get("rating"), int | float):
             # How many stars there were to give stands in the labelling configuration, not in the export.
-            return {"kind": "category", "name": name, "label": f"{value['rating']:g}", "value": value}
+            stars = number(value["rating"], "rating")
+            return {"kind": "category", "name": name, "label": f"{stars:g}", "value": value}
         case "textarea" if value.get("text"):
-            text = "\n".join(value["text"]) if isinstance(value["text"], list) else str(value["text"])
+            lines = _lines(value)
+            text = str(value["text"]) if lines is None else "\n".join(lines)
             if any(word in name.lower() for word in _CORRECTIONS):
                 return {"kind": "correction", "name": name, "correction": text}
             return {"kind": "comment", "name": name, "explanation": text}
@@ -166,3 +168,15 @@ def _content(region: Mapping[str, Any]) -> dict[str, Any]:
         "label": str(region.get("type") or "region"),
         "value": dict(value),
     }
+
+
+def _list(value: Mapping[str, Any], name: str) -> list[Any]:
+    """The list ``value[name]``; empty if it is none."""
+    found = value.get(name)
+    return found if isinstance(found, list) else []
+
+
+def _lines(value: Mapping[str, Any]) -> list[str] | None:
+    """The lines of a text area; None if that is not what ``value`` holds."""
+    lines = _list(value, "text")
+    return lines if lines and all(isinstance(line, str) for line in lines) else None

@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from feedback.formats import Item, content_id, given, opinion, span_key, stable_id
+from feedback.formats import Item, content_id, given, number, opinion, span_key, stable_id
 from feedback.formats.messages import answer, fits, prompt
 from feedback.formats.records import (
     from_messages,
@@ -97,8 +97,10 @@ def _content(record: Mapping[str, Any], annotator_kind: str) -> dict[str, Any]:
     value, comment = record.get("value"), record.get("comment") or None
     written = record.get("stringValue") if isinstance(record.get("stringValue"), str) else value
     kind = record.get("dataType") or ("CATEGORICAL" if isinstance(written, str) else "NUMERIC")
-    number = isinstance(value, int | float) and not (isinstance(value, bool) and kind != "BOOLEAN")
-    if kind in ("NUMERIC", "BOOLEAN") and not number:
+    counted = isinstance(value, int | float) and not (isinstance(value, bool) and kind != "BOOLEAN")
+    if counted:
+        number(value, "value")
+    if kind in ("NUMERIC", "BOOLEAN") and not counted:
         raise _mistyped(kind, "a number")
     if kind not in ("NUMERIC", "BOOLEAN") and not isinstance(written, str):
         raise _mistyped(kind, "a text")
@@ -110,7 +112,7 @@ def _content(record: Mapping[str, Any], annotator_kind: str) -> dict[str, Any]:
         human = annotator_kind == "HUMAN"
         return opinion(float(value), None if human else str(bool(value)).lower(), comment, boolean=human)
     if kind == "CATEGORICAL":
-        return given(value=value if number else None) | opinion(None, written, comment)
+        return given(value=value if counted else None) | opinion(None, written, comment)
     if kind == "TEXT":
         return {"kind": "comment", "explanation": written}
     if kind == "CORRECTION":

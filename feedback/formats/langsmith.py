@@ -13,6 +13,7 @@ from feedback.formats import Item, given, opinion, stable_id
 from feedback.formats.records import (
     from_messages,
     from_text,
+    inner,
     keep,
     kept,
     milliseconds,
@@ -53,11 +54,12 @@ def from_items(items: Sequence[Item]) -> dict[str, Any]:
 
 
 def _run(run: Any) -> Item:
-    metadata = ((run.get("extra") or {}).get("metadata") or {}) if isinstance(run, Mapping) else {}
+    name = need(run, "id")
+    metadata = inner(inner(run, "extra"), "metadata")
     messages, asked = to_messages(need(run, "inputs", (dict, str, list)))
     output, answered = to_text(run["outputs"]) if run.get("outputs") is not None else (None, None)
     body = given(
-        interaction_id=need(run, "id"),
+        interaction_id=name,
         session_id=metadata.get("thread_id") or metadata.get("session_id") or metadata.get("conversation_id"),
         user_id=metadata.get("user_id"),
         occurred_at=moment(run.get("start_time")),
@@ -97,7 +99,7 @@ def _run_back(item: Item) -> dict[str, Any]:
 
 def _feedback(feedback: Mapping[str, Any]) -> Iterator[Item]:
     """The judgement, and the correction given with it as an event of its own."""
-    id, source = need(feedback, "id"), feedback.get("feedback_source") or {}
+    id, source = need(feedback, "id"), inner(feedback, "feedback_source")
     changed = feedback.get("modified_at") or feedback.get("created_at")
     common = given(
         interaction_id=need(feedback, "run_id"),
@@ -169,5 +171,5 @@ def _number(value: Any) -> float | None:
     """Costs come as text where they are decimals."""
     try:
         return None if value is None else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

@@ -11,10 +11,12 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from feedback.formats import Item, given, opinion, stable_id
+from feedback.formats import Item, given, number, opinion, stable_id
+from feedback.formats.messages import too_deep
 from feedback.formats.records import (
     from_messages,
     from_text,
+    inner,
     keep,
     kept,
     moment,
@@ -34,9 +36,11 @@ def to_items(record: Any) -> Iterator[Item]:
     """A trace and its assessments. Raises PayloadError if it is no trace."""
     info = need(record, "info", Mapping)
     trace_id = need(info, "trace_id")
-    yield Item("interaction", _trace(info, (record.get("data") or {}).get("spans") or []))
+    yield Item("interaction", _trace(info, objects(inner(record, "data"), "spans")))
     assessments = objects(info, "assessments")
-    revised = {one["assessment_id"]: one["overrides"] for one in assessments if one.get("overrides")}
+    revised = {
+        need(one, "assessment_id"): need(one, "overrides") for one in assessments if one.get("overrides")
+    }
     for assessment in assessments:
         yield Item("feedback", _assessment(trace_id, assessment, revised))
 
@@ -54,15 +58,16 @@ def from_items(items: Sequence[Item]) -> dict[str, Any]:
 
 
 def _trace(info: Mapping[str, Any], spans: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    known = info.get("trace_metadata") or {}
-    root = next((span for span in spans if not span.get("parent_span_id")), {}).get("attributes") or {}
+    known = inner(info, "trace_metadata")
+    root = inner(next((span for span in spans if not span.get("parent_span_id")), {}), "attributes")
     asked_for = _parsed(root.get("mlflow.spanInputs") or known.get("mlflow.traceInputs"))
     answered_with = _parsed(root.get("mlflow.spanOutputs") or known.get("mlflow.traceOutputs"))
     messages, asked = to_messages(info.get("request_preview", "") if asked_for is None else asked_for)
     if answered_with is None:
         answered_with = info.get("response_preview")
     output, answered = (None, None) if answered_with is None else to_text(answered_with)
-    usage = _parsed(known.get("mlflow.trace.tokenUsage")) or {}
+    usage = _parsed(known.get("mlflow.trace.tokenUsage"))
+    usage = usage if isinstance(usage, Mapping) else {}
     body = given(
         interaction_id=info["trace_id"],
         session_id=known.get("mlflow.trace.session"),
@@ -94,7 +99,7 @@ def _info_back(item: Item) -> dict[str, Any]:
 
 
 def _assessment(trace_id: str, one: Mapping[str, Any], revised: Mapping[str, str]) -> dict[str, Any]:
-    id, source = need(one, "assessment_id"), one.get("source") or {}
+    id, source = need(one, "assessment_id"), inner(one, "source")
     changed = one.get("last_update_time") or one.get("create_time")
     first, depth = id, 1
     while first in revised and depth <= len(revised):
@@ -117,12 +122,12 @@ def _assessment(trace_id: str, one: Mapping[str, Any], revised: Mapping[str, str
         content = given(kind="correction", correction=text, explanation=rationale)
         own: dict[str, Any] = {"expected": shape}
     else:
-        value = (one.get("feedback") or {}).get("value")
+        value = inner(one, "feedback").get("value")
         own = {}
         if isinstance(value, bool):
             content = opinion(float(value), None, rationale, boolean=True)
         elif isinstance(value, int | float):
-            content = opinion(float(value), None, rationale)
+            content = opinion(number(value, "feedback.value"), None, rationale)
         else:
             spoken = said(value) if isinstance(value, str) else {}
             content = opinion(None, spoken.get("label"), rationale or spoken.get("explanation"))
@@ -164,9 +169,10 @@ def _parsed(text: Any) -> Any:
     if not isinstance(text, str):
         return text
     try:
-        return json.loads(text)
-    except ValueError:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
         return text
+    return text if too_deep(found) else found
 
 
 def _preview(value: Any) -> str:

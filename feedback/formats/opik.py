@@ -6,10 +6,11 @@ Belongs here: the mapping of a trace and its ``feedback_scores``. Does not belon
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from feedback.formats import Item, given, opinion, stable_id
+from feedback.formats import Item, given, number, opinion, stable_id
 from feedback.formats.records import (
     from_messages,
     from_text,
+    inner,
     keep,
     kept,
     milliseconds,
@@ -18,6 +19,7 @@ from feedback.formats.records import (
     objects,
     restore,
     said,
+    text,
     to_messages,
     to_text,
 )
@@ -50,7 +52,7 @@ def from_items(items: Sequence[Item]) -> dict[str, Any]:
 def _trace(trace: Mapping[str, Any]) -> dict[str, Any]:
     messages, asked = to_messages(trace.get("input") or "")
     output, answered = to_text(trace["output"]) if trace.get("output") is not None else (None, None)
-    usage = trace.get("usage") or {}
+    usage = inner(trace, "usage")
     body = given(
         interaction_id=trace["id"],
         session_id=trace.get("thread_id"),
@@ -85,9 +87,9 @@ def _score(trace_id: str, score: Mapping[str, Any]) -> dict[str, Any]:
     name = need(score, "name")
     author = score.get("created_by")
     changed = score.get("last_updated_at") or score.get("created_at")
-    category = said(score.get("category_name")).get("label")
-    value = need(score, "value", (int, float))
-    body = opinion(float(value), category, score.get("reason")) | given(
+    category = said(text(score, "category_name")).get("label")
+    value = number(need(score, "value", (int, float)), "value")
+    body = opinion(value, category, score.get("reason")) | given(
         event_id=stable_id(NAME, trace_id, str(author), name, str(changed), str(value)),
         feedback_id=stable_id(NAME, trace_id, str(author), name),
         interaction_id=trace_id,

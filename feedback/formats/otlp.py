@@ -6,8 +6,8 @@ What becomes of a span (see ``feedback.formats.semconv`` for how each is recogni
   holds what was asked. Its interaction_id is the attribute ``datamoat.interaction.id`` if there is one, else
   ``trace id:span id`` in hexadecimal. (Not ``gen_ai.response.id``: a framework's span and the client's span within it
   often carry the same one. It is kept in ``metadata.response_id``.)
-- A retrieval gives what it found to the interactions of its trace, in the same request, that had not ended before it;
-  if there are none, it is an interaction of its own, without output.
+- A retrieval gives what it found to one interaction: of those in the same request, the nearest that it lies within, else
+  the first of its trace to end after it. If there is none, it is an interaction of its own, without output.
 - A judgement on it (OpenInference's annotations and evaluations, ``gen_ai.evaluation.result`` events) is feedback. It
   is about the span it is on, or, on a carrier (a span with kind EVALUATOR, or one that is nothing else to us and has
   links), about the one span that the carrier links to.
@@ -24,9 +24,10 @@ attributes (``feedback.formats.semconv``), HTTP and answers (``feedback.compat``
 """
 
 import hashlib
+import json
 import re
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from bisect import bisect_left
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -39,6 +40,7 @@ from feedback.payloads import PayloadError
 
 NAME = "otlp"
 MAX_RETRIEVED = 1000
+MAX_RETRIEVED_BYTES = 262_144
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -103,25 +105,34 @@ def translate_spans(request: bytes | Mapping[str, Any]) -> Translation:
             if isinstance(span, PayloadError):
                 raise span
             spans.append((number, span, semconv.role(span.attributes)))
-    searches = []
+    said: dict[int, dict[str, Any]] = {}
+    searches: list[tuple[int, Span, list[dict[str, Any]]]] = []
     for number, span, role in spans:
-        if role == "retrieval":
-            with translation.rejecting(number):
+        with translation.rejecting(number):
+            if role == "retrieval":
                 _check(span.context)
                 searches.append((number, span, semconv.retrieved(span.attributes)))
-    retrievals = _Retrievals(searches)
+            elif (body := _interaction(span, role)) is not None:
+                said[number] = body
+    takers = _Takers([(number, span) for number, span, _ in spans], said)
+    taken: dict[int, _Passages] = {}
+    alone: list[tuple[int, Item]] = []
+    for number, span, found in sorted(searches, key=lambda search: search[1].end):
+        taker = takers.of(span)
+        with translation.rejecting(number):
+            if taker is None:
+                alone.append((number, Item("interaction", _search(span, _Passages().adding(found)))))
+            else:
+                taken.setdefault(taker, _Passages()).adding(found)
     for number, span, role in spans:
         with translation.rejecting(number):
-            body = _interaction(span, role)
-            if body is not None:
-                passages = retrievals.before(span) or _ranked(semconv.retrieved(span.attributes))
-                translation.items.append(
-                    (number, Item("interaction", body | given(retrieved=passages or None)))
-                )
+            if number in said:
+                passages = taken.get(number, _Passages()).ranked
+                passages = passages or _Passages().adding(semconv.retrieved(span.attributes))
+                body = said[number] | given(retrieved=passages or None)
+                translation.items.append((number, Item("interaction", body)))
         _judge(translation, number, span, role)
-    for number, span, passages in retrievals.unused():
-        with translation.rejecting(number):
-            translation.items.append((number, Item("interaction", _search(span, _ranked(passages)))))
+    translation.items += alone
     used = {number for number, _ in translation.items} | set(translation.rejected)
     translation.ignored = sum(number not in used and role != "retrieval" for number, _, role in spans)
     return translation
@@ -145,47 +156,64 @@ def translate_logs(request: bytes | Mapping[str, Any]) -> Translation:
     return translation
 
 
+class _Takers:
+    """Which interaction of a request gets what a retrieval found.
+
+    It is one alone: given to all calls of its trace, a passage would be stored as often as there are calls.
+    """
+
+    def __init__(self, spans: Sequence[tuple[int, Span]], interactions: Container[int]) -> None:
+        self._parents: dict[Context | None, Context] = {}
+        self._within: dict[Context | None, int | None] = {None: None}
+        self._ends: dict[str, list[tuple[int, int]]] = {}
+        for number, span in spans:
+            self._parents[span.context] = Context(span.context.trace_id, span.parent_id)
+            if number in interactions:
+                self._within[span.context] = number
+                self._ends.setdefault(span.context.trace_id, []).append((span.end, number))
+        for ends in self._ends.values():
+            ends.sort()
+
+    def of(self, span: Span) -> int | None:
+        """The number of the span that is the interaction; None if there is none."""
+        within = self._nearest(span.context)
+        if within is not None:
+            return within
+        ends = self._ends.get(span.context.trace_id, [])
+        after = bisect_left(ends, (span.end, -1))
+        return ends[after][1] if after < len(ends) else None
+
+    def _nearest(self, context: Context) -> int | None:
+        passed: list[Context | None] = []
+        at: Context | None = context
+        while at not in self._within:
+            passed.append(at)
+            self._within[at] = None  # a circle of parents ends here
+            at = self._parents.get(at)
+        # Told to all that were passed: every span is looked at once, however deep it lies.
+        self._within.update(dict.fromkeys(passed, self._within[at]))
+        return self._within[context]
+
+
 @dataclass
-class _Searched:
-    """The retrievals of one trace in the order they ended, and all they found together."""
+class _Passages:
+    """What was put before one answer, in order."""
 
-    spans: list[tuple[int, Span, list[dict[str, Any]]]] = field(default_factory=list)
-    ends: list[int] = field(default_factory=list)
-    counts: list[int] = field(default_factory=list)
-    passages: list[dict[str, Any]] = field(default_factory=list)
-    taken: int = 0
+    ranked: list[dict[str, Any]] = field(default_factory=list)
+    size: int = 0
 
-
-class _Retrievals:
-    """What the retrievals of one request found, by trace; and which of it no interaction took."""
-
-    def __init__(self, spans: Iterable[tuple[int, Span, list[dict[str, Any]]]]) -> None:
-        self._traces: dict[str, _Searched] = {}
-        for number, span, found in sorted(spans, key=lambda entry: entry[1].end):
-            trace = self._traces.setdefault(span.context.trace_id, _Searched())
-            trace.spans.append((number, span, found))
-            trace.ends.append(span.end)
-            # A passage is one object, ranked once, however many interactions of its trace it was put before.
-            trace.passages += _ranked(found, len(trace.passages))
-            trace.counts.append(len(trace.passages))
-
-    def before(self, span: Span) -> list[dict[str, Any]]:
-        """What was found in the trace of ``span`` before it ended."""
-        trace = self._traces.get(span.context.trace_id)
-        number = bisect_right(trace.ends, span.end) if trace else 0
-        if trace is None or not number:
-            return []
-        trace.taken = max(trace.taken, number)
-        # One more than an interaction may have: enough to be refused, whatever the size of the trace.
-        return trace.passages[: min(trace.counts[number - 1], MAX_RETRIEVED + 1)]
-
-    def unused(self) -> Iterator[tuple[int, Span, list[dict[str, Any]]]]:
-        for trace in self._traces.values():
-            yield from trace.spans[trace.taken :]
-
-
-def _ranked(passages: Iterable[Mapping[str, Any]], before: int = 0) -> list[dict[str, Any]]:
-    return [{**passage, "rank": rank} for rank, passage in enumerate(passages, before + 1)]
+    def adding(self, found: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """All passages, with those ``found`` behind the others. Raises PayloadError if they would be too many."""
+        size = self.size + len(json.dumps(found))
+        if len(self.ranked) + len(found) > MAX_RETRIEVED or size > MAX_RETRIEVED_BYTES:
+            raise PayloadError(
+                f"More than {MAX_RETRIEVED} documents, or {MAX_RETRIEVED_BYTES} bytes of their ids, before one answer",
+                field="retrieved",
+                remedy="Record fewer documents, or give them shorter ids",
+            )
+        self.ranked += [{**passage, "rank": rank} for rank, passage in enumerate(found, len(self.ranked) + 1)]
+        self.size = size
+        return self.ranked
 
 
 def _interaction(span: Span, role: semconv.Role | None) -> dict[str, Any] | None:

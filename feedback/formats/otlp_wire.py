@@ -27,6 +27,17 @@ from feedback.payloads import PayloadError
 # Counting groups too: each costs time, also if it is empty.
 MAX_RECORDS = 20_000
 
+# What protobuf's reader of JSON raises; SystemError for half of a surrogate pair, which has no UTF-8.
+_UNREADABLE = (
+    ParseError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RecursionError,
+    OverflowError,
+    SystemError,
+)
+
 _M = TypeVar("_M", bound=Message)
 _R = TypeVar("_R")
 
@@ -154,7 +165,7 @@ def _parsed(value: Any, kind: type[_M]) -> _M:
         message: _M = kind()
         ParseDict(_with_bytes(value), message, ignore_unknown_fields=True, max_recursion_depth=MAX_DEPTH)
         return message
-    except (ParseError, ValueError, TypeError, AttributeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise PayloadError(
             f"Not a {kind.DESCRIPTOR.name} in OTLP's JSON: {error}",
             remedy="Write ids in hexadecimal, 64-bit integers as strings, names in lowerCamelCase",

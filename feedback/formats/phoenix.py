@@ -9,10 +9,11 @@ Belongs here: the mapping of those two. Does not belong here: spans that arrive 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from feedback.formats import Item, given, opinion, stable_id
+from feedback.formats import Item, given, number, opinion, stable_id
 from feedback.formats.records import (
     from_messages,
     from_text,
+    inner,
     keep,
     kept,
     milliseconds,
@@ -21,6 +22,7 @@ from feedback.formats.records import (
     objects,
     restore,
     said,
+    text,
     to_messages,
     to_text,
 )
@@ -90,11 +92,13 @@ def _span_back(item: Item) -> dict[str, Any]:
 
 
 def _annotation(annotation: Mapping[str, Any]) -> dict[str, Any]:
-    id, result = need(annotation, "id"), annotation.get("result") or {}
+    id, result = need(annotation, "id"), inner(annotation, "result")
     changed = annotation.get("updated_at") or annotation.get("created_at")
-    spoken = said(result.get("label"))
+    spoken = said(text(result, "label"))
     content = opinion(
-        result.get("score"), spoken.get("label"), result.get("explanation") or spoken.get("explanation")
+        number(result.get("score"), "result.score"),
+        spoken.get("label"),
+        result.get("explanation") or spoken.get("explanation"),
     )
     if content == {"kind": "comment"}:
         content = {"kind": "category", "label": "noted"}
@@ -103,7 +107,7 @@ def _annotation(annotation: Mapping[str, Any]) -> dict[str, Any]:
         feedback_id=stable_id(NAME, id),
         interaction_id=need(annotation, "span_id"),
         name=need(annotation, "name"),
-        annotator_kind=annotation["annotator_kind"],
+        annotator_kind=need(annotation, "annotator_kind"),
         author_id=annotation.get("user_id"),
         identifier=annotation.get("identifier") or None,
         occurred_at=moment(changed),

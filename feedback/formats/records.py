@@ -49,6 +49,22 @@ def objects(record: Mapping[str, Any], field: str) -> list[Mapping[str, Any]]:
     return found
 
 
+def inner(record: Mapping[str, Any], field: str) -> Mapping[str, Any]:
+    """The object in ``record[field]``; empty if it is absent. Raises PayloadError if it is anything else."""
+    found = record.get(field) or {}
+    if not isinstance(found, Mapping):
+        raise PayloadError(f"{field} is not an object", field=field, remedy="Export it again, unchanged")
+    return found
+
+
+def text(record: Mapping[str, Any], field: str) -> str | None:
+    """The text in ``record[field]``; None if it is absent. Raises PayloadError if it is anything else."""
+    found = record.get(field)
+    if found is not None and not isinstance(found, str):
+        raise PayloadError(f"{field} is not a text", field=field, remedy="Export it again, unchanged")
+    return found
+
+
 def keep(
     record: Mapping[str, Any], rebuilt: Mapping[str, Any], left_out: Collection[str] = ()
 ) -> dict[str, Any]:
@@ -91,7 +107,10 @@ def moment(value: Any) -> str | None:
     if isinstance(value, bool) or value in (None, ""):
         return None
     if isinstance(value, int | float):
-        return datetime.fromtimestamp(value / 1000, UTC).isoformat()
+        try:
+            return datetime.fromtimestamp(value / 1000, UTC).isoformat()
+        except (ValueError, OverflowError, OSError):
+            return str(value)  # as below
     try:
         found = datetime.fromisoformat(str(value))
     except ValueError:

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from feedback.formats import given, opinion
+from feedback.formats import given, number, opinion
 from feedback.formats.messages import answer, decoded, message, prompt, text
 from feedback.payloads import PayloadError
 
@@ -73,6 +73,8 @@ _MODEL = (
 
 INTERACTION_ID = "datamoat.interaction.id"
 RESPONSE_ID = "gen_ai.response.id"
+TRAIN_OK = "datamoat.train_ok"
+MAX_NAME = 500
 SESSION = (
     "gen_ai.conversation.id",
     "session.id",
@@ -161,10 +163,22 @@ class Attributes(dict[str, Any]):
         """The value of the first of ``names`` that is there and not empty, else None."""
         return next((self[name] for name in names if self.get(name) not in (None, "")), None)
 
-    def text(self, names: Sequence[str]) -> Any:
-        """As ``first``, a number as its text; other things stay what they are, so that validation names them."""
+    def text(self, names: Sequence[str]) -> str | None:
+        """As ``first``, for an id or a name; a number is its text. Raises PayloadError if it is no short text.
+
+        What one attribute says, of a resource or of a span with many judgements, many items say; a long one would
+        multiply its request.
+        """
         value = self.first(names)
-        return str(value) if isinstance(value, int | float) else value
+        value = str(value) if isinstance(value, int | float) else value
+        if value is None or (isinstance(value, str) and len(value) <= MAX_NAME):
+            return value
+        name = next(name for name in names if self.get(name) is value)
+        raise PayloadError(
+            f"{name} is not a text of at most {MAX_NAME} characters",
+            field=name,
+            remedy="Send an id or a name",
+        )
 
     def number(self, names: Sequence[str]) -> Any:
         """As ``first``, a whole number as an int, also if it was written as a text or a float."""
@@ -212,8 +226,15 @@ def interaction(
     body: dict[str, Any] = {"messages": messages, "output": output}
     body |= {field: everything.text(names) for field, names in _TEXTS.items()}
     body |= {field: attributes.number(names) for field, names in _NUMBERS.items()}
-    body["train_ok"] = everything.get("datamoat.train_ok")
+    body["train_ok"] = _train_ok(everything)
     return given(**body)
+
+
+def _train_ok(attributes: Attributes) -> bool | None:
+    value = attributes.get(TRAIN_OK)
+    if value is None or isinstance(value, bool):
+        return value
+    raise PayloadError(f"{TRAIN_OK} is not true or false", field=TRAIN_OK, remedy="Send a boolean")
 
 
 def details(attributes: Attributes) -> dict[str, Any]:
@@ -302,16 +323,10 @@ def judgement(fields: Mapping[str, Any], correction: Any = None) -> dict[str, An
     Who judged is what ``annotator_kind`` says. Where nothing is said, or a kind of their own, it is CODE: only what is
     called a person's judgement is counted as one.
     """
-    name, score, label = fields.get("name"), fields.get("score"), fields.get("label")
+    name, score, label = fields.get("name"), number(fields.get("score"), "score"), fields.get("label")
     explanation = fields.get("explanation")
     if name in (None, ""):
         raise PayloadError("A judgement needs a name", field="name", remedy="Say what was judged")
-    if score is not None and not isinstance(score, int | float):
-        raise PayloadError(
-            f"A score is a number, not {type(score).__name__}",
-            field="score",
-            remedy="Send the number as a number; wording goes into label",
-        )
     if correction is None and score is None and label in (None, "") and explanation in (None, ""):
         raise PayloadError(
             "A judgement needs a score, a label or an explanation",
@@ -351,7 +366,7 @@ def described(body: Mapping[str, Any]) -> dict[str, Any]:
     return attributes | given(
         **{
             "gen_ai.retrieval.documents": json.dumps(documents) if documents else None,
-            "datamoat.train_ok": body.get("train_ok"),
+            TRAIN_OK: body.get("train_ok"),
             RESPONSE_ID: metadata.get("response_id"),
         }
     )

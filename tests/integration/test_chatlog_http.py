@@ -10,6 +10,7 @@ import psycopg
 import pytest
 
 from feedback.ids import uuid7
+from feedback.keys import create_key
 from tests.integration.conftest import FeedbackService
 from tests.unit.test_chatlog import LOGGED, TRAINED
 
@@ -48,6 +49,20 @@ def test_lines_are_stored_once(feedback_service: FeedbackService, http: httpx.Cl
         ).fetchone()
     assert row is not None
     assert (row["output"], row["prompt_name"], row["model"]) == ("So.", "answer", "m-2026")
+
+
+def test_two_apps_may_load_the_same_line(feedback_service: FeedbackService, http: httpx.Client) -> None:
+    line = lines(TRAINED | {"run": str(uuid7())})
+    with psycopg.connect(feedback_service.database_url) as conn:
+        other = {"Authorization": f"Bearer {create_key(conn, 'another app')[1]}"}
+    ids = set()
+    for status in ("created", "duplicate"):
+        for headers in ({}, other):
+            answer = http.post("/v1/chatlogs", content=line, headers=headers)
+            (result,) = answer.json()["results"]
+            assert (answer.status_code, result["status"]) == (200, status)
+            ids.add(result["id"])
+    assert len(ids) == 2
 
 
 def test_each_line_has_its_result(http: httpx.Client) -> None:

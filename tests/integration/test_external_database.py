@@ -9,6 +9,7 @@ import psycopg
 import pytest
 from psycopg import sql
 
+from storage.database import ROLES
 from tests.integration.conftest import Cluster
 
 
@@ -33,7 +34,7 @@ def login(cluster: Cluster, template: str) -> str:
         # What a database administrator does once: the extension is not the login's to install.
     with psycopg.connect(url, autocommit=True) as conn:
         conn.execute("create extension if not exists vector")
-        for role in ("datamoat_owner", "datamoat_writer", "datamoat_ingest", "datamoat_analyst"):
+        for role in ROLES:
             conn.execute(
                 sql.SQL("grant {} to {} with admin option").format(sql.Identifier(role), sql.Identifier(user))
             )

@@ -136,6 +136,22 @@ def test_a_retracted_score_may_be_given_again(feedback_service: FeedbackService,
     assert now_says(feedback_service, body["traceId"])[:2] == [3, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "field"), [({"value": 10**400}, "value"), ({"timestamp": 1e300}, "occurred_at")]
+)
+def test_a_number_beyond_all_bounds_is_refused_alone(
+    feedback_service: FeedbackService, http: httpx.Client, wrong: dict[str, Any], field: str
+) -> None:
+    bad, good = score(dataType="NUMERIC") | wrong, score()
+    answer = http.post("/api/public/scores", json=bad)
+    assert (answer.status_code, answer.json()["error"]["field"]) == (400, field)
+    envelope = {"timestamp": wrong.get("timestamp", "2026-01-31T12:00:00Z")}
+    answer = http.post("/api/public/ingestion", json={"batch": [created(bad, **envelope), created(good)]})
+    (error,) = answer.json()["errors"]
+    assert (answer.status_code, error["error"]["field"]) == (207, field)
+    assert len(history(feedback_service, good["traceId"])) == 1
+
+
 def test_a_batch_answers_each_event_by_its_envelope(
     feedback_service: FeedbackService, http: httpx.Client
 ) -> None:

@@ -2,7 +2,11 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -184,6 +188,52 @@ def test_without_a_key_nothing_is_taken(feedback_service: FeedbackService) -> No
         )
         assert answer.status_code == 401
         assert ExportTracePartialSuccess.FromString(answer.content).error_message
+
+
+@pytest.mark.parametrize("path", ["/v1/traces", "/v1/chatlogs"])
+@pytest.mark.parametrize("credentials", ["é", "4pyT4", "/w==", "AA==", "AAAA:"])
+def test_credentials_that_are_no_text_are_unknown(
+    feedback_service: FeedbackService, path: str, credentials: str
+) -> None:
+    kind = PROTOBUF if path == "/v1/traces" else {"Content-Type": "application/x-ndjson"}
+    headers = httpx.Headers(kind | {"Authorization": f"Basic {credentials}"}, encoding="latin-1")
+    answer = httpx.post(feedback_service.base_url + path, content=b"", headers=headers, trust_env=False)
+    assert answer.status_code == 401
+
+
+def test_a_file_of_the_collector_is_imported_once(feedback_service: FeedbackService, tmp_path: Path) -> None:
+    name, path = str(uuid7()), tmp_path / "traces.json"
+    said = evaluation(name="helpful", score_value=0.5)
+    lines = [
+        as_json(traces(span(chat(name)), span({"http.method": "GET"}))),
+        as_json(logs(record(said | {"datamoat.interaction.id": name}))),
+        as_json(traces(span({"gen_ai.operation.name": "chat"}))),
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for status in ("created", "duplicate"):
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "feedback",
+                "import",
+                "otlp",
+                str(path),
+                "--url",
+                feedback_service.base_url,
+            ],
+            env={"PATH": os.environ["PATH"], "DATAMOAT_API_KEY": feedback_service.api_key},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 1, "a record was refused"
+        assert status in done.stdout, done.stdout + done.stderr
+        (refused,) = (tmp_path / "traces.json.refused.jsonl").read_text().splitlines()
+        assert (json.loads(refused)["place"], json.loads(refused)["field"]) == (3, "gen_ai.input.messages")
+    assert len(rows(feedback_service, "interaction", name)) == 1
+    assert [row["score"] for row in rows(feedback_service, "feedback_event", name)] == [0.5]
 
 
 def test_a_database_that_is_away_is_worth_a_retry(

@@ -72,6 +72,18 @@ def test_a_training_line() -> None:
     assert "output" not in translated({"messages": [{"role": "user", "content": "How?"}]})
 
 
+def test_an_id_of_ours_is_of_one_app_and_an_id_of_theirs_stays() -> None:
+    def ids(record: Any) -> list[str]:
+        owners = ("", "a", "a", "b")
+        return [item.body["interaction_id"] for owner in owners for item in chatlog.to_items(record, owner)]
+
+    for record in (TRAINED, {"request": LOGGED["request"]}):
+        none, first, again, second = ids(record)
+        assert first == again
+        assert len({none, first, second}) == 3
+    assert set(ids(LOGGED)) == {"chatcmpl-1"}
+
+
 CALL = {"role": "assistant", "content": None, "tool_calls": [{"id": "c", "function": {"name": "find"}}]}
 
 

@@ -155,7 +155,9 @@ def test_files_of_every_form(tmp_path: Path, text: str, count: int) -> None:
     assert len(list(records(path))) == count
 
 
-@pytest.mark.parametrize("content", [b'{"a": 1}\nnot json\n', b"", b"\xff\xfe", b"[" * 100_000])
+@pytest.mark.parametrize(
+    "content", [b'{"a": 1}\nnot json\n', b"", b"\xff\xfe", b"[" * 100_000, b'{"a": 1}\n' + b"9" * 5000]
+)
 def test_files_that_are_no_export(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "export.jsonl"
     path.write_bytes(content)

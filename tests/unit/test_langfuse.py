@@ -278,6 +278,22 @@ def test_what_is_no_record_is_refused_with_a_remedy(record: Any) -> None:
     assert refused.value.remedy
 
 
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"value": 10**400}, "value"),
+        ({"value": 10**400, "stringValue": "x", "dataType": "CATEGORICAL"}, "value"),
+        ({"value": 1, "timestamp": 1e300}, "occurred_at"),
+        ({"value": 1, "timestamp": 10**20}, "occurred_at"),
+    ],
+)
+def test_a_number_beyond_all_bounds_is_refused_by_its_field(fields: dict[str, Any], named: str) -> None:
+    with pytest.raises(PayloadError) as refused:
+        translated(score(**fields))
+    assert refused.value.field == named
+    assert refused.value.remedy
+
+
 def test_from_items_takes_one_record() -> None:
     with pytest.raises(ValueError, match="unpack"):
         langfuse.from_items([Item("feedback", {}), Item("feedback", {})])

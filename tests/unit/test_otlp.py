@@ -1,5 +1,6 @@
 """What spans and log records become, in every vocabulary and both encodings; and what hostile ones become."""
 
+import asyncio
 import base64
 import json
 from typing import Any
@@ -15,6 +16,9 @@ from opentelemetry.proto.logs.v1.logs_pb2 import LogRecord, ResourceLogs, ScopeL
 from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 
+from feedback.answers import ItemResult
+from feedback.capture import MAX_ITEMS
+from feedback.compat import shared
 from feedback.formats import Item, otlp, semconv
 from feedback.formats.otlp_wire import MAX_RECORDS
 from feedback.payloads import PayloadError, parse_event, parse_interaction
@@ -336,7 +340,7 @@ def test_a_chain_is_an_interaction_only_as_root_and_with_a_question() -> None:
     assert reasons(span(chain, trace_id=b""))[0].field == "trace_id"
 
 
-def retriever(span_id: str = OTHER, end: int = START + 10, **more: Any) -> Span:
+def retriever(span_id: str = OTHER, end: int = START + 10, documents: Any = ()) -> Span:
     attributes = {
         "openinference.span.kind": "RETRIEVER",
         "input.value": "How?",
@@ -345,7 +349,10 @@ def retriever(span_id: str = OTHER, end: int = START + 10, **more: Any) -> Span:
         "retrieval.documents.1.document.content": "Without an id",
     }
     return span(
-        attributes | more, span_id=bytes.fromhex(span_id), start_time_unix_nano=START, end_time_unix_nano=end
+        attributes | dict(documents),
+        span_id=bytes.fromhex(span_id),
+        start_time_unix_nano=START,
+        end_time_unix_nano=end,
     )
 
 
@@ -365,6 +372,80 @@ def test_a_retrieval_without_an_answer_is_kept_by_itself() -> None:
     assert "retrieved" not in answered
     assert searched["interaction_id"] == f"{TRACE}:{OTHER}"
     assert len(searched["retrieved"]) == 2
+
+
+CHAIN = {"openinference.span.kind": "CHAIN", "input.value": "How?", "output.value": "So."}
+ROOT, CALL, INNER = "11" * 8, "22" * 8, "33" * 8
+
+
+def within(attributes: dict[str, Any], span_id: str, parent: str = "", **more: Any) -> Span:
+    return span(attributes, span_id=bytes.fromhex(span_id), parent_span_id=bytes.fromhex(parent), **more)
+
+
+def takers(*spans: Span) -> dict[str, int]:
+    """How many passages went to which interaction, by span id."""
+    return {
+        body["metadata"]["span_id"]: len(body["retrieved"]) for body in bodies(*spans) if "retrieved" in body
+    }
+
+
+def test_a_retrieval_goes_to_the_nearest_interaction_that_it_lies_within() -> None:
+    chain, call = within(CHAIN, ROOT), within(CHAT, CALL, ROOT)
+    frame = within({"openinference.span.kind": "CHAIN"}, INNER, ROOT)
+    searched = retriever()
+    for parent, taker in ((ROOT, ROOT), (INNER, ROOT), (CALL, CALL)):
+        searched.parent_span_id = bytes.fromhex(parent)
+        assert takers(searched, chain, frame, call) == {taker: 2}
+
+
+def test_a_retrieval_within_no_interaction_goes_to_the_first_answer_after_it() -> None:
+    calls = [
+        within(CHAT, span_id, ROOT, end_time_unix_nano=START + end)
+        for span_id, end in ((SPAN, 5), (INNER, 30), (CALL, 20))
+    ]
+    frame = within({"openinference.span.kind": "CHAIN"}, ROOT)
+    assert takers(retriever(), frame, *calls) == {CALL: 2}
+    circle = retriever()
+    circle.parent_span_id = circle.span_id
+    assert takers(circle, *calls) == {CALL: 2}
+
+
+def test_several_retrievals_are_ranked_on() -> None:
+    (body,) = bodies(retriever(end=START + 20), retriever(span_id=INNER), span(CHAT))
+    assert [passage["rank"] for passage in body["retrieved"]] == [1, 2, 3, 4]
+
+
+def test_a_request_is_not_multiplied_by_what_its_spans_share() -> None:
+    documents = {f"retrieval.documents.{n}.document.id": "d" * 200 + str(n) for n in range(1000)}
+    calls = [within(CHAT, f"{n:016x}") for n in range(1, 251)]
+    request = traces(retriever(documents=documents), *calls).SerializeToString()
+    assert size(otlp.translate_spans(request)) < 2 * len(request)
+    judged = {f"annotations.{n}.annotation.{field}": "x" for n in range(250) for field in ("name", "label")}
+    for attributes, resource in (
+        (CHAT, {"service.version": "v" * 100_000}),
+        (CHAT, {"datamoat.train_ok": "v" * 100_000}),
+        (CHAT | judged | {"session.id": "s" * 100_000}, {}),
+        (CHAT | judged | {"datamoat.interaction.id": "s" * 100_000}, {}),
+    ):
+        request = traces(*[within(attributes, f"{n:016x}") for n in range(1, 3)], **resource)
+        translation = otlp.translate_spans(request.SerializeToString())
+        assert size(translation) < 2 * len(request.SerializeToString())
+        assert translation.rejected[0].field in attributes | resource
+
+
+def size(translation: otlp.Translation) -> int:
+    return sum(len(json.dumps(item.body)) for _, item in translation.items)
+
+
+def test_more_than_an_answer_may_hold_is_refused_with_the_retrieval_and_not_with_the_answer() -> None:
+    long = {f"retrieval.documents.{n}.document.id": "d" * 900 + str(n) for n in range(300)}
+    many = {f"retrieval.documents.{n}.document.id": str(n) for n in range(1001)}
+    for documents in (long, many):
+        request = traces(retriever(end=START + 5, documents=documents), retriever(span_id=INNER), span(CHAT))
+        translation = otlp.translate_spans(request.SerializeToString())
+        assert {number: error.field for number, error in translation.rejected.items()} == {0: "retrieved"}
+        ((number, item),) = translation.items
+        assert (number, len(item.body["retrieved"])) == (2, 2)
 
 
 def test_a_retrieval_in_opentelemetrys_names() -> None:
@@ -621,6 +702,9 @@ def test_garbage_is_refused_as_a_whole(body: bytes) -> None:
         {"attributes": [{"key": 5, "value": {"stringValue": "x"}}]},
         {"attributes": [{"key": "x", "value": {"stringValue": 5}}]},
         {"attributes": [{"key": "x", "value": {"intValue": "1e400"}}]},
+        {"attributes": [{"key": "x", "value": {"intValue": 10**400}}]},
+        {"attributes": [{"key": "x", "value": {"doubleValue": 10**400}}]},
+        {"attributes": [{"key": "x", "value": {"stringValue": "\ud800"}}]},
         {"attributes": [5]},
         {"events": 5},
         {"links": [{"traceId": "zz"}]},
@@ -760,6 +844,25 @@ def test_an_interaction_that_never_was_a_span_gets_ids_of_its_own() -> None:
     assert otlp.from_items([item]) == record
     (back,) = otlp.to_items(record)
     assert (back.body["interaction_id"], back.body["messages"]) == ("i-1", item.body["messages"])
+
+
+def test_items_are_stored_in_pieces_and_answered_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[list[bytes]] = []
+
+    async def accept(_service: Any, _caller: Any, _kind: Any, bodies: list[bytes]) -> list[ItemResult]:
+        pieces.append(bodies)
+        return [ItemResult(json.loads(body)["id"], "created") for body in bodies]
+
+    monkeypatch.setattr(shared, "accept", accept)
+    small = [Item("feedback" if n % 2 else "interaction", {"id": str(n)}) for n in range(4002)]
+    large = [Item("interaction", {"id": f"large {n}", "text": "x" * 1_500_000}) for n in range(5)]
+    huge = [Item("interaction", {"id": "huge", "text": "x" * 2 * shared.PIECE_BYTES})]
+    items = large + small + huge
+    results = asyncio.run(shared.store(None, None, items))  # type: ignore[arg-type]
+    assert [result.id for result in results] == [item.body["id"] for item in items]
+    assert max(map(len, pieces)) == MAX_ITEMS
+    assert all(len(piece) == 1 or sum(map(len, piece)) <= shared.PIECE_BYTES for piece in pieces)
+    assert len(pieces) <= 10, "a piece is filled"
 
 
 def test_ids_do_not_give_people_away() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from feedback.client import spool as spool_module
-from feedback.client.spool import MAGIC, Record, Spool, pack, unpack
+from feedback.client.spool import MAGIC, Record, Spool, next_whole, pack, unpack
 
 RECORDS = st.lists(
     st.builds(Record, st.binary(min_size=1, max_size=1), st.binary(max_size=40)), min_size=1, max_size=8
@@ -58,6 +58,17 @@ def test_damage_hides_what_follows_and_invents_nothing(records: list[Record], da
     found, _ = unpack(bytes(whole))
     assert found == records[: len(found)]
     assert len(found) < len(records)
+
+
+@given(RECORDS, st.binary(max_size=20), st.data())
+def test_the_next_whole_record_is_found_behind_anything(
+    records: list[Record], before: bytes, data: st.DataObject
+) -> None:
+    whole = b"".join(map(pack, records))
+    at = next_whole(before + whole)
+    assert unpack((before + whole)[at:])[0][-len(records) :] == records
+    cut = whole[: data.draw(st.integers(1, len(pack(records[0])) - 1))]
+    assert next_whole(cut) == len(cut)
 
 
 def test_zeros_after_a_power_cut_are_no_records() -> None:
@@ -157,6 +168,41 @@ def test_a_torn_tail_is_cut_and_counted(tmp_path: Path, lost: int, caplog: pytes
     assert heir.torn_bytes == len(pack(record("c"))) - lost
     assert "no whole record" in caplog.text
     assert segments(tmp_path) == []
+
+
+@pytest.mark.parametrize("where", ["length", "crc", "tag", "body"])
+@pytest.mark.parametrize("batch", [1, MANY])
+def test_damage_takes_nothing_intact_with_it(
+    tmp_path: Path, where: str, batch: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Spool(tmp_path)
+    append(first, "a", "b", "c", "d", "e")
+    first.close()
+    [path] = segments(tmp_path)
+    content = bytearray(path.read_bytes())
+    size = len(pack(record("b")))
+    for damaged in (1, 3):
+        offset = {"length": 0, "crc": 4, "tag": 8, "body": 9}[where]
+        content[len(MAGIC) + damaged * size + offset] ^= 0x11
+    path.write_bytes(content)
+    heir = Spool(tmp_path)
+    heir.adopt()
+    assert drain(heir, batch) == ["a", "c", "e"]
+    assert (heir.damaged_bytes, heir.torn_bytes) == (2 * size, 0)
+    assert caplog.text.count("is damaged") == 2
+    assert "no whole record" not in caplog.text
+    assert segments(tmp_path) == []
+
+
+def test_what_is_damaged_while_it_waits_does_not_stop_its_owner(tmp_path: Path) -> None:
+    spool = Spool(tmp_path)
+    append(spool, "a", "b")
+    [path] = segments(tmp_path)
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert drain(spool) == ["a"]
+    assert spool.torn_bytes == len(pack(record("b")))
+    append(spool, "c")
+    assert drain(spool) == ["c"]
 
 
 @pytest.mark.parametrize("content", [b"", MAGIC[:5], MAGIC])
