@@ -10,8 +10,9 @@ retracted and what reviewers said is left out.
 - ``judge_disagreement``: people's mean score and the mean score of judges (annotator_kind LLM or CODE) lie at least
   ``at_least`` apart, or they put different labels on a category of the same name, which counts as 1.
 - ``high_edit_distance``: less than ``retained_below`` of the words of the output are left in a correction, or in the
-  final text of an ``edited`` or ``accepted`` event (its ``value``, or ``value.text``). Word order does not count and
-  words that came on top do not either (SQL function ``feedback.retained``).
+  final text of an ``edited`` or ``accepted`` event (its ``value``, or ``value.text``); or such an event says itself how
+  much is left (``value.retained``, as the browser element sends it instead of the text). Word order does not count
+  and words that came on top do not either (SQL function ``feedback.retained``).
 - ``rare_cluster``: an interaction belongs to the cluster of what was retrieved first for it (its document, else its
   chunk), else of its prompt's name; a cluster is rare when it holds less than ``share_below`` of all interactions that
   belong to any within the queue's window.
@@ -52,7 +53,10 @@ _STANDING = """
                     CASE jsonb_typeof(c.value) WHEN 'string' THEN c.value #>> '{}'
                         WHEN 'object' THEN c.value ->> 'text' END
                 END
-            ) AS final_text
+            ) AS final_text,
+            CASE WHEN c.kind = 'implicit' AND c.label IN ('edited', 'accepted')
+                AND jsonb_typeof(c.value -> 'retained') = 'number' THEN (c.value ->> 'retained')::double precision
+            END AS retained
         FROM feedback.current(ARRAY(
             SELECT DISTINCT e.feedback_id
             FROM feedback.feedback_event AS e JOIN scope ON scope.interaction_id = e.interaction_id
@@ -107,9 +111,9 @@ _HITS: Mapping[str, list[str]] = {
         hit AS (
             SELECT interaction_id, jsonb_build_object('retained', min(retained)) AS detail
             FROM (
-                SELECT standing.interaction_id, feedback.retained(scope.output, standing.final_text) AS retained
+                SELECT standing.interaction_id,
+                    coalesce(standing.retained, feedback.retained(scope.output, standing.final_text)) AS retained
                 FROM standing JOIN scope ON scope.interaction_id = standing.interaction_id
-                WHERE standing.final_text IS NOT NULL AND scope.output IS NOT NULL
             ) AS kept
             GROUP BY interaction_id
             HAVING min(retained) < $6

@@ -10,12 +10,14 @@ import psycopg
 import pytest
 
 from feedback.ids import uuid7
+from feedback.review import rules
 from feedback.review.queues import NoSuchQueue, close_queue, get_queue, list_queues
 from feedback.review.rules import (
     DryRun,
     Filled,
     Rule,
     RuleRefused,
+    TooSlow,
     disable_rule,
     dry_run,
     fill,
@@ -87,7 +89,7 @@ async def test_judge_disagreement(desk: Desk) -> None:
 async def test_high_edit_distance(desk: Desk) -> None:
     output = "Press the red button twice, then wait for the green light."
     await desk.interactions(
-        "new", "same", "added", "half", "accepted", "value", "copied", "moved", output=output
+        "new", "same", "added", "half", "accepted", "value", "told", "copied", "moved", output=output
     )
     await desk.interactions("no output", output=None)
     await desk.feedback("new", "correction", correction="Call the hotline instead")
@@ -98,12 +100,13 @@ async def test_high_edit_distance(desk: Desk) -> None:
     await desk.feedback("half", "correction", correction="Press the red button.")
     await desk.feedback("accepted", "implicit", label="accepted", value={"text": output})
     await desk.feedback("value", "implicit", label="edited", value="No idea.")
+    await desk.feedback("told", "implicit", label="edited", value={"retained": 0.4})
     await desk.feedback("copied", "implicit", label="copied", value="No idea.")
     await desk.feedback(
         "moved", "correction", correction="Wait for the green light, then press the red button twice."
     )
     await desk.feedback("no output", "correction", correction="Something")
-    assert await found(desk, Rule("high_edit_distance", {})) == ["half", "new", "value"]
+    assert await found(desk, Rule("high_edit_distance", {})) == ["half", "new", "told", "value"]
     assert await found(desk, Rule("high_edit_distance", {"retained_below": 0.3})) == ["new", "value"]
 
 
@@ -359,6 +362,47 @@ async def test_the_audit_names_who_made_and_changed_queues_and_rules(desk: Desk)
         ("grace", "update", "review_queue"),
     ]
     assert json.loads(rows[1]["after"])["rule_id"] == str(rule.rule_id)
+
+
+def test_a_dry_run_that_takes_long_is_given_up(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rules, "DRY_RUN_SECONDS", 0.05)
+
+    async def run() -> None:
+        async with open_desk(database, size=1) as desk:
+            queue = await desk.queue()
+            async with await psycopg.AsyncConnection.connect(database.url) as owner:
+                await owner.execute("LOCK TABLE feedback.interaction")
+                with pytest.raises(TooSlow):
+                    await dry_run(desk.review, queue.queue_id, Rule("flag", {}))
+            # The limit was that statement's alone.
+            assert await desk.column("SELECT current_setting('statement_timeout')") == ["0"]
+
+    asyncio.run(run())
+
+
+def test_a_fill_waits_for_the_one_before_it_however_long(database: Database) -> None:
+    async def run() -> None:
+        async with open_desk(database, size=1) as desk:
+            queue = await desk.queue(control_rate=1.0)
+            await desk.interactions("a")
+            async with desk.review.acquire() as connection:
+                await connection.execute("SET lock_timeout = '50ms'")
+            async with await psycopg.AsyncConnection.connect(database.url, autocommit=True) as owner:
+                lock = [f"fill {queue.queue_id}"]
+                await owner.execute("SELECT pg_advisory_lock(hashtextextended(%s, 0))", lock)
+                filling = asyncio.create_task(fill(desk.review))
+                waiting = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()"
+                while (
+                    not filling.done()
+                    and not (
+                        await owner.execute(f"{waiting} AND now() - query_start > interval '200 ms'")
+                    ).rowcount
+                ):
+                    await asyncio.sleep(0.02)
+                await owner.execute("SELECT pg_advisory_unlock(hashtextextended(%s, 0))", lock)
+            assert [filled.queued for filled in await filling] == [1]
+
+    asyncio.run(run())
 
 
 def test_fill_works_without_an_event_loop(database: Database) -> None:
