@@ -64,6 +64,7 @@ def review(pages: Pages) -> None:
     """An answer about to be corrected: the difference, and what it will become."""
     page = pages.sized(1360, 800)
     page.goto(f"{pages.feedback}/login#{pages.review_key}")
+    page.get_by_role("button", name="Sign in").click()
     page.get_by_role("link", name="Review", exact=True).last.click()
     for done in range(BEFORE):
         page.get_by_text(re.compile(f"^{done} / ")).wait_for()
@@ -100,6 +101,7 @@ def ask(pages: Pages) -> None:
     """Passages for a question, with thumbs."""
     page = pages.sized(1000, 800)
     page.goto(f"{pages.feedback}/login#{pages.review_key}")
+    page.get_by_role("button", name="Sign in").click()
     page.wait_for_url("**/review")
     page.goto(f"{pages.feedback}/ask")
     page.get_by_label("Question").fill(ASKED)

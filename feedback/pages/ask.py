@@ -25,7 +25,7 @@ from feedback.capture import INTERACTIONS, accept
 from feedback.http import Refused
 from feedback.ids import uuid7
 from feedback.pages.session import Person, Sessions
-from feedback.pages.views import call_route, fragment, page, page_route
+from feedback.pages.views import aside, call_route, fragment, page, page_route
 from feedback.payloads import Interaction, Kind, Message, Retrieved
 from feedback.service import Service
 
@@ -94,7 +94,8 @@ def routes(service: Service, sessions: Sessions) -> list[Route]:
         if recorded[0].error is not None:
             raise Refused(422, recorded[0].error)
         judge, correct = (_token(service, person, interaction, kind) for kind in _KINDS)
-        return {"html": fragment("passages.html", passages=passages, judge=judge, correct=correct)}
+        html = await aside(fragment, "passages.html", passages=passages, judge=judge, correct=correct)
+        return {"html": html}
 
     return [
         page_route(sessions, "/ask", show),

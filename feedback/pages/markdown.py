@@ -12,7 +12,8 @@ from html import escape
 
 from markupsafe import Markup
 
-# Above this size a text is shown as it is: nobody reads it formatted.
+# Above this size a text is shown as it is: nobody reads it formatted. So is JSON that would grow above it when indented:
+# deeply nested, it would grow by hundreds of times.
 MAX_FORMATTED = 200_000
 
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[^`]*$")
@@ -36,9 +37,9 @@ def to_html(text: str) -> Markup:
     """``text`` formatted: JSON indented, Markdown rendered, anything very long as it is."""
     if len(text) > MAX_FORMATTED:
         return preformatted(text)
-    indented = _indented_json(text)
-    if indented is not None:
-        return preformatted(indented)
+    laid_out = _laid_out_json(text)
+    if laid_out is not None:
+        return preformatted(laid_out)
     return Markup("".join(_blocks(text.expandtabs(4).splitlines(), depth=0)))
 
 
@@ -46,13 +47,20 @@ def preformatted(text: str) -> Markup:
     return Markup(f"<pre>{escape(text)}</pre>")
 
 
-def _indented_json(text: str) -> str | None:
+def _laid_out_json(text: str) -> str | None:
+    """JSON indented, or as it is where that would be too much; None if it is no JSON."""
     if text.lstrip()[:1] not in ("{", "["):
         return None
+    indented, size = [], 0
     try:
-        return json.dumps(json.loads(text), ensure_ascii=False, indent=2)
+        for part in json.JSONEncoder(ensure_ascii=False, indent=2).iterencode(json.loads(text)):
+            indented.append(part)
+            size += len(part)
+            if size > MAX_FORMATTED:
+                return text
     except (ValueError, RecursionError):
         return None
+    return "".join(indented)
 
 
 def _blocks(lines: Sequence[str], depth: int) -> Iterator[str]:

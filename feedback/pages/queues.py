@@ -4,6 +4,7 @@ Belongs here: ``/review``, ``/review/new``, ``/review/{queue}/rules`` and what t
 a key with scope admin changes. Does not belong here: reviewing (``feedback.pages.review``), what rules find.
 """
 
+import asyncio
 from dataclasses import asdict
 from typing import Any
 from uuid import UUID
@@ -16,8 +17,9 @@ from starlette.routing import Route
 from feedback.log import fetch
 from feedback.pages.session import Person, Sessions
 from feedback.pages.views import call_route, page, page_route, require_admin
-from feedback.review.estimates import Estimate, control_estimate
+from feedback.review.estimates import Estimate, control_estimate, has_estimate
 from feedback.review.queues import (
+    MAX_LEASE_SECONDS,
     NoSuchQueue,
     Queue,
     QueueStatus,
@@ -103,7 +105,7 @@ async def queue_of(service: Service, person: Person, queue_id: UUID) -> Queue:
 async def _estimates(service: Service, queue: Queue) -> list[Estimate]:
     """What the control sample says about the first question it can say something about."""
     for question in queue.rubric:
-        if question.kind in ("choice", "score", "golden"):
+        if has_estimate(question):
             return await control_estimate(service.review, queue.queue_id, question.name)
     return []
 
@@ -119,6 +121,9 @@ async def _reviewers(service: Service) -> dict[UUID, int]:
 
 
 def routes(service: Service, sessions: Sessions) -> list[Route]:
+    # A dry run reads a week of the log: several at once would take the connections that reviewing needs.
+    trying = asyncio.Lock()
+
     async def show_queues(_: Request, person: Person) -> Response:
         found: list[tuple[QueueStatus, list[Estimate]]] = [
             (status, await _estimates(service, status.queue))
@@ -139,23 +144,27 @@ def routes(service: Service, sessions: Sessions) -> list[Route]:
 
     async def create(person: Person, new: NewQueue) -> Any:
         require_admin(person)
+        # What is out of range stays so, as a whole number, and is refused with the range.
+        seconds = round(max(0, min(new.lease_minutes * 60, MAX_LEASE_SECONDS + 1)))
         queue = await create_queue(
             service.admin,
-            actor=person.name,
+            actor=person.actor,
             name=new.name,
             app=person.caller.app,
             rubric=new.rubric,
             description=new.description,
             overlap=new.overlap,
             blind=new.blind,
-            lease_seconds=round(new.lease_minutes * 60),
+            lease_seconds=seconds,
             control_rate=new.control_percent / 100,
         )
         return {"queue_id": queue.queue_id}
 
     async def try_rule(person: Person, asked: RuleOfQueue) -> Any:
+        require_admin(person)
         await queue_of(service, person, asked.queue_id)
-        found = asdict(await dry_run(service.review, asked.queue_id, asked.rule, DRY_RUN_DAYS))
+        async with trying:
+            found = asdict(await dry_run(service.review, asked.queue_id, asked.rule, DRY_RUN_DAYS))
         return {
             "sentence": "Would have queued {would_queue:,} of {total:,} last week.".format(**found)
         } | found
@@ -163,7 +172,7 @@ def routes(service: Service, sessions: Sessions) -> list[Route]:
     async def add_rule(person: Person, asked: RuleOfQueue) -> Any:
         require_admin(person)
         await queue_of(service, person, asked.queue_id)
-        saved = await save_rule(service.admin, asked.queue_id, asked.rule, actor=person.name)
+        saved = await save_rule(service.admin, asked.queue_id, asked.rule, actor=person.actor)
         return {"rule_id": saved.rule_id}
 
     async def stop_rule(person: Person, asked: OldRule) -> Any:
@@ -171,7 +180,7 @@ def routes(service: Service, sessions: Sessions) -> list[Route]:
         queue = await queue_of(service, person, asked.queue_id)
         if asked.rule_id not in {saved.rule_id for saved in await list_rules(service.review, queue.queue_id)}:
             raise NoSuchQueue(f"Queue {queue.name} has no rule {asked.rule_id}")
-        await disable_rule(service.admin, asked.rule_id, actor=person.name)
+        await disable_rule(service.admin, asked.rule_id, actor=person.actor)
         return {}
 
     async def fill_queue(person: Person, asked: OfQueue) -> Any:
@@ -183,7 +192,7 @@ def routes(service: Service, sessions: Sessions) -> list[Route]:
     async def close(person: Person, asked: OfQueue) -> Any:
         require_admin(person)
         await queue_of(service, person, asked.queue_id)
-        await close_queue(service.admin, asked.queue_id, actor=person.name)
+        await close_queue(service.admin, asked.queue_id, actor=person.actor)
         return {}
 
     return [

@@ -1,6 +1,6 @@
 """Reviewing: the page with three panes, and what its script asks for.
 
-Belongs here: claiming, keeping, answering and skipping items over HTTP; an item as HTML; adjudication.
+Belongs here: claiming, keeping, answering, skipping and flagging items over HTTP; an item as HTML; adjudication.
 Does not belong here: leases and answers themselves (``feedback.review``), queues and rules (``feedback.pages.queues``).
 """
 
@@ -14,18 +14,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from feedback.capture import EVENTS, accept
-from feedback.http import Refused
-from feedback.ids import uuid7
 from feedback.pages.queues import queue_of
 from feedback.pages.session import Person, Sessions
-from feedback.pages.views import call_route, fragment, page, page_route
-from feedback.payloads import FeedbackEvent
+from feedback.pages.views import aside, call_route, fragment, page, page_route
 from feedback.review.adjudication import adjudicate, reviewed, to_adjudicate
 from feedback.review.leases import Assignment, Lease, assignment, claim, extend
 from feedback.review.preview import preview
 from feedback.review.queues import list_queues
-from feedback.review.submissions import SkipMode, skip, submit
+from feedback.review.submissions import SkipMode, flag, skip, submit
 from feedback.service import Service
 
 TITLE_LENGTH = 80
@@ -52,6 +48,9 @@ class Skipped(Held):
 
 
 class Flagged(Held):
+    """``event_id`` is minted by the page, so that the same flag sent again counts once."""
+
+    event_id: UUID
     label: str
     note: str = ""
 
@@ -74,9 +73,9 @@ def routes(service: Service, sessions: Sessions) -> list[Route]:
 
     async def show_adjudication(request: Request, person: Person) -> Response:
         queue = await queue_of(service, person, request.path_params["queue_id"])
-        waiting = await to_adjudicate(service.review, queue.queue_id)
+        waiting = await to_adjudicate(service.review, queue.queue_id, by=person.reviewer)
         item = await reviewed(service.review, person.reviewer, waiting[0]) if waiting else None
-        return page("adjudicate.html", person, queue=queue, item=item, waiting=len(waiting))
+        return await aside(page, "adjudicate.html", person, queue=queue, item=item, waiting=len(waiting))
 
     async def progress(person: Person, asked: OfQueue) -> Any:
         for status in await list_queues(service.review, person.caller.app):
@@ -85,13 +84,15 @@ def routes(service: Service, sessions: Sessions) -> list[Route]:
                 return {
                     "done": through,
                     "total": through + status.open + status.leased,
-                    "to_adjudicate": status.to_adjudicate,
+                    "to_adjudicate": len(
+                        await to_adjudicate(service.review, asked.queue_id, by=person.reviewer)
+                    ),
                 }
         return {"done": 0, "total": 0, "to_adjudicate": 0}
 
     async def take(person: Person, asked: OfQueue) -> Any:
         work = await claim(service.review, asked.queue_id, person.reviewer)
-        return {"item": None if work is None else _item(work)}
+        return {"item": None if work is None else await aside(_item, work)}
 
     async def keep(person: Person, asked: Held) -> Any:
         return _lease(await extend(service.review, person.reviewer, asked.lease))
@@ -109,27 +110,23 @@ def routes(service: Service, sessions: Sessions) -> list[Route]:
     async def would_create(person: Person, asked: Answered) -> Any:
         work = await assignment(service.review, person.reviewer, asked.lease)
         rows = preview(work, asked.answers)
-        return {"html": fragment("preview.html", rows=rows)}
+        return {"html": await aside(fragment, "preview.html", rows=rows)}
 
-    async def flag(person: Person, asked: Flagged) -> Any:
-        work = await assignment(service.review, person.reviewer, asked.lease)
-        event = FeedbackEvent(
-            kind="flag",
-            event_id=uuid7(),
-            label=asked.label,
-            explanation=asked.note.strip() or None,
-            interaction_id=work.interaction["interaction_id"],
-            author_id=person.name,
-            author_role="reviewer",
+    async def raise_flag(person: Person, asked: Flagged) -> Any:
+        await flag(
+            service.review,
+            service.pseudonym_key,
+            person.reviewer,
+            asked.lease,
+            asked.event_id,
+            asked.label,
+            asked.note,
         )
-        result = (await accept(service, person.caller, EVENTS, [msgspec.json.encode(event)]))[0]
-        if result.error is not None:
-            raise Refused(422, result.error)
         return {}
 
     async def look_back(person: Person, asked: OfItem) -> Any:
         item = await reviewed(service.review, person.reviewer, asked.item_id)
-        return {"html": fragment("past.html", item=item, person=person)}
+        return {"html": await aside(fragment, "past.html", item=item, person=person)}
 
     async def decide(person: Person, asked: Decided) -> Any:
         events = await adjudicate(
@@ -151,7 +148,7 @@ def routes(service: Service, sessions: Sessions) -> list[Route]:
         call_route(sessions, "/review/api/submit", Answered, finish),
         call_route(sessions, "/review/api/skip", Skipped, pass_on),
         call_route(sessions, "/review/api/preview", Answered, would_create),
-        call_route(sessions, "/review/api/flag", Flagged, flag),
+        call_route(sessions, "/review/api/flag", Flagged, raise_flag),
         call_route(sessions, "/review/api/reviewed", OfItem, look_back),
         call_route(sessions, "/review/api/adjudicate", Decided, decide),
     ]

@@ -1,5 +1,8 @@
 """Who is signed in on the pages: an API key becomes a signed cookie that ends with the key.
 
+The cookie is all there is of a session. Signing out takes it from the browser, and the process that was asked accepts
+no copy of it any more; another process does until it expires. Revoking the key ends all its sessions everywhere.
+
 Belongs here: the cookie, the proof that a request comes from our own page, the limit on attempts to sign in.
 Does not belong here: what a page shows (the other modules), API keys on the API (``feedback.access``).
 """
@@ -28,9 +31,11 @@ COOKIE = "datamoat_session"
 SESSION_SECONDS = 12 * 3600
 SCOPE = "review"
 
-# Attempts to sign in that fail, per address and worker: ten at once, then one every six seconds.
+# Attempts to sign in that fail, per address and worker: ten at once, then one every six seconds. Beyond, they are told
+# to wait; a right key is let in all the same, since behind a proxy many people have one address.
 ATTEMPTS_AT_ONCE = 10
 ATTEMPTS_PER_SECOND = 1 / 6
+MAX_ENDED = 10_000
 
 
 class Claims(msgspec.Struct):
@@ -50,8 +55,13 @@ class Person:
 
     @property
     def name(self) -> str:
-        """The key's holder; a key without one is shown by the start of its id."""
-        return self.caller.holder or f"key {self.caller.key_id[:8]}"
+        """The key's holder, else the key's id: two keys without holder are two people."""
+        return self.caller.holder or f"key {self.caller.key_id}"
+
+    @property
+    def actor(self) -> str:
+        """Who the audit names, as it does for the admin API."""
+        return f"{self.caller.holder or self.caller.app} (key {self.caller.key_id})"
 
     @property
     def reviewer(self) -> Reviewer:
@@ -69,15 +79,16 @@ class Sessions:
     service: Service
     _known: dict[str, tuple[float, Caller | None]] = field(default_factory=dict)
     _attempts: dict[str, Bucket] = field(default_factory=dict)
+    _ended: dict[str, None] = field(default_factory=dict)
 
     async def sign_in(self, request: Request, key: str) -> Person:
         """Whose key this is. Raises Refused: 401 unknown or revoked, 403 without scope review, 429 too often."""
-        attempts = self._attempt(request.client.host if request.client else "")
         try:
             caller = await self.service.access.holder_of(key)
         except Refused as error:
             if error.status != 401:
                 raise
+            self._count_failure(request.client.host if request.client else "")
             raise Refused(
                 401,
                 Error(
@@ -91,7 +102,6 @@ class Sessions:
                 "This key is not for reviewing",
                 f"Ask for a key with scope {SCOPE}: `python -m feedback key create --app NAME --scope {SCOPE}`",
             )
-        attempts.level += 1
         return Person(caller, "page-" + secrets.token_hex(12))
 
     def remember(self, request: Request, response: Response, person: Person) -> None:
@@ -109,8 +119,12 @@ class Sessions:
             secure=secure,
         )
 
-    def forget(self, response: Response) -> None:
+    def forget(self, response: Response, person: Person) -> None:
+        """Take the cookie from the browser, and accept no copy of it here."""
         response.delete_cookie(COOKIE, httponly=True, samesite="strict")
+        if len(self._ended) >= MAX_ENDED:
+            del self._ended[next(iter(self._ended))]
+        self._ended[person.session_id] = None
 
     async def person(self, request: Request) -> Person | None:
         """Who sent this request, or None: no cookie, a forged or expired one, or a key that is no longer valid."""
@@ -131,7 +145,7 @@ class Sessions:
             claims = msgspec.json.decode(_decode(payload), type=Claims)
         except (msgspec.DecodeError, binascii.Error):
             return None
-        return claims if claims.expires_at > time.time() else None
+        return claims if claims.expires_at > time.time() and claims.session_id not in self._ended else None
 
     def _signature(self, payload: str) -> str:
         key = hmac.digest(self.service.pseudonym_key, b"datamoat page session", hashlib.sha256)
@@ -151,8 +165,8 @@ class Sessions:
             self._known[key_id] = time.monotonic() + KEY_CACHE_SECONDS, caller
         return caller
 
-    def _attempt(self, address: str) -> Bucket:
-        """The bucket that this attempt was taken from. Raises Refused with 429."""
+    def _count_failure(self, address: str) -> None:
+        """Raises Refused with 429 after too many."""
         if len(self._attempts) >= KEY_CACHE_SIZE and address not in self._attempts:
             self._attempts.clear()
         bucket = self._attempts.setdefault(address, Bucket(ATTEMPTS_PER_SECOND, ATTEMPTS_AT_ONCE))
@@ -167,7 +181,6 @@ class Sessions:
                 ),
                 {"Retry-After": str(round(wait) + 1)},
             )
-        return bucket
 
 
 def check_same_site(request: Request) -> None:

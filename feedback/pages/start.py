@@ -45,9 +45,9 @@ def routes(sessions: Sessions) -> list[Route]:
         sessions.remember(request, response, person)
         return response
 
-    async def sign_out(request: Request, _: Person) -> Response:
+    async def sign_out(_: Request, person: Person) -> Response:
         response = RedirectResponse("/login", 303)
-        sessions.forget(response)
+        sessions.forget(response, person)
         return response
 
     async def no_page(request: Request, _: Person) -> Response:

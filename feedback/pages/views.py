@@ -4,12 +4,15 @@ Belongs here: turning a handler into a route that knows the signed-in person and
 (a page for a page, JSON for a script). Does not belong here: any one page.
 """
 
+import asyncio
+import functools
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import parse_qsl, quote
 
 import asyncpg
@@ -24,14 +27,16 @@ from feedback.http import Refused, answer, forbidden, read_body
 from feedback.log import Unavailable
 from feedback.pages.markdown import to_html
 from feedback.pages.session import Person, Sessions, check_same_site
-from feedback.review.adjudication import AlreadyDecided, NoSuchItem, NotYet
+from feedback.review.adjudication import AlreadyDecided, NoSuchItem, NotYet, OwnAnswers
 from feedback.review.leases import LostLease
 from feedback.review.queues import NoSuchQueue
 from feedback.review.rubric import AnswerRefused, RubricRefused
-from feedback.review.rules import RuleRefused
+from feedback.review.rules import RuleRefused, TooSlow
 
 HERE = Path(__file__).parent
 FORM = "application/x-www-form-urlencoded"
+# A key and where to go on: who is not signed in yet is given no more room.
+MAX_FORM_BYTES = 4096
 
 # Everything comes from this service; scripts and styles from files alone, so that no text can bring its own.
 HEADERS = {
@@ -54,8 +59,12 @@ _REFUSALS: dict[type[Exception], tuple[int, str, str]] = {
     NoSuchItem: (404, "not_found", "Go on with the next item"),
     NotYet: (409, "not_yet", "Answer it yourself first"),
     AlreadyDecided: (409, "already_decided", "Go on with the next item"),
+    OwnAnswers: (409, "own_answers", "Go on with an item that you have not answered"),
+    TooSlow: (422, "too_slow", "Save it untried: filling the queue has more time"),
 }
 
+P = ParamSpec("P")
+T = TypeVar("T")
 PageHandler = Callable[[Request, Person], Awaitable[Response]]
 CallHandler = Callable[[Person, Any], Awaitable[Any]]
 
@@ -101,6 +110,16 @@ def fragment(template: str, **values: Any) -> str:
     return _templates.get_template(template).render(**values)
 
 
+async def aside(render: Callable[P, T], *args: P.args, **values: P.kwargs) -> T:
+    """``render(...)`` in a thread: for pages with texts of strangers, whose length would keep everybody waiting."""
+    call = functools.partial(render, *args, **values)
+    return await asyncio.get_running_loop().run_in_executor(_renderers, call)
+
+
+# Its own, and small: searches, which are slow, have the common one; more at once would only cost memory.
+_renderers = ThreadPoolExecutor(2, "render")
+
+
 def page(template: str, person: Person | None, status: int = 200, **values: Any) -> HTMLResponse:
     return HTMLResponse(fragment(template, person=person, **values), status, HEADERS)
 
@@ -139,7 +158,7 @@ def call_route(sessions: Sessions, path: str, shape: Any, handler: CallHandler) 
             raise Refused(401, Error("signed_out", "You are no longer signed in", remedy="Sign in again"))
         try:
             asked = decoder.decode(await read_body(request))
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise Refused(422, Error("invalid", str(error), remedy="Reload the page")) from None
         with _said_over_http():
             return answer(200, await handler(person, asked), {"Cache-Control": "no-store"})
@@ -184,7 +203,7 @@ def require_admin(person: Person) -> None:
 
 async def read_form(request: Request) -> dict[str, str]:
     """The fields of a sent form. Raises Refused."""
-    body = await read_body(request, (FORM,))
+    body = await read_body(request, (FORM,), most=MAX_FORM_BYTES)
     try:
         return dict(parse_qsl(body.decode(), keep_blank_values=True, errors="strict", max_num_fields=100))
     except ValueError:

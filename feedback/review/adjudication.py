@@ -60,6 +60,10 @@ class AlreadyDecided(Exception):
     """The item does not wait for a decision (any more)."""
 
 
+class OwnAnswers(Exception):
+    """Who has answered an item is a party to the difference, and does not decide it."""
+
+
 async def reviewed(pool: log.Pool, reviewer: Reviewer, item_id: UUID) -> Reviewed:
     """The item with all submissions: for those who have submitted, for all when it is complete, for all in a queue that
     is not blind. Raises NoSuchItem, NotYet.
@@ -98,14 +102,18 @@ async def reviewed(pool: log.Pool, reviewer: Reviewer, item_id: UUID) -> Reviewe
     )
 
 
-async def to_adjudicate(pool: log.Pool, queue_id: UUID, limit: int = 100) -> list[UUID]:
-    """Items whose answers differ, oldest first."""
+async def to_adjudicate(
+    pool: log.Pool, queue_id: UUID, limit: int = 100, *, by: Reviewer | None = None
+) -> list[UUID]:
+    """Items whose answers differ, oldest first; with ``by`` only those that this person has not answered."""
     rows = await fetch(
         pool,
-        "SELECT item_id FROM feedback.review_item WHERE queue_id = $1 AND state = 'to_adjudicate'"
-        " ORDER BY queued_at, item_id LIMIT $2",
+        "SELECT i.item_id FROM feedback.review_item AS i WHERE i.queue_id = $1 AND i.state = 'to_adjudicate'"
+        " AND NOT EXISTS (SELECT FROM feedback.review_response AS r WHERE r.item_id = i.item_id AND r.reviewer = $3)"
+        " ORDER BY i.queued_at, i.item_id LIMIT $2",
         queue_id,
         limit,
+        by and by.name,
     )
     return [row["item_id"] for row in rows]
 
@@ -122,7 +130,7 @@ async def adjudicate(
     """Decide an item: ``pick`` the slot whose answers hold, or give merged ``answers``. Ids of the final events, whose
     author_role is adjudicator; what the reviewers said stays as it was.
 
-    Raises NoSuchItem, AlreadyDecided, AnswerRefused.
+    Raises NoSuchItem, AlreadyDecided, OwnAnswers, AnswerRefused.
     """
     if (pick is None) == (answers is None):
         raise AnswerRefused("pick", "is needed, or answers are, and not both", "Pick a slot or send answers")
@@ -133,6 +141,12 @@ async def adjudicate(
         item = await _item(connection, adjudicator, item_id)
         if item.state != "to_adjudicate":
             raise AlreadyDecided(f"item {item_id} does not wait for a decision: it is {item.state}")
+        if await connection.fetchval(
+            "SELECT EXISTS (SELECT FROM feedback.review_response WHERE item_id = $1 AND reviewer = $2)",
+            item_id,
+            adjudicator.name,
+        ):
+            raise OwnAnswers("You have answered this item yourself: somebody else decides it")
         if pick is not None:
             given = await read_answers(connection, item)
             if pick not in given:

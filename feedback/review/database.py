@@ -14,7 +14,8 @@ from feedback import log
 
 Connection: TypeAlias = asyncpg.Connection
 
-# The database is away, shuts down, is read-only, or chose this transaction to end a deadlock: later it may work.
+# The database is away, shuts down, is read-only, chose this transaction to end a deadlock, or somebody else holds a
+# lock for too long: later it may work.
 _PASSING = (
     OSError,
     TimeoutError,
@@ -22,6 +23,7 @@ _PASSING = (
     asyncpg.InternalClientError,
     asyncpg.PostgresConnectionError,
     asyncpg.exceptions.InsufficientResourcesError,
+    asyncpg.exceptions.LockNotAvailableError,
     asyncpg.exceptions.OperatorInterventionError,
     asyncpg.exceptions.ReadOnlySQLTransactionError,
     asyncpg.exceptions.TransactionRollbackError,

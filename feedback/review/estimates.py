@@ -14,7 +14,7 @@ from uuid import UUID
 from feedback import log
 from feedback.review.database import fetch
 from feedback.review.queues import get_queue
-from feedback.review.rubric import answer_of
+from feedback.review.rubric import Question, answer_of
 
 MIN_N = 30
 Z_95 = 1.959963984540054
@@ -48,15 +48,20 @@ def wilson(successes: int, n: int, z: float = Z_95) -> tuple[float, float]:
     return max(0.0, (centre - margin) / scale), min(1.0, (centre + margin) / scale)
 
 
+def has_estimate(question: Question) -> bool:
+    """Whether a question has fixed answers, whose shares can be estimated; free text and plain numbers have none."""
+    return bool(question.options) or question.kind == "golden"
+
+
 async def control_estimate(pool: log.Pool, queue_id: UUID, question: str) -> list[Estimate]:
-    """One estimate per option of a choice, score or golden question, from control items alone. Review pool.
+    """One estimate per fixed answer to a question that ``has_estimate``, from control items alone. Review pool.
 
     Where reviewers differed, the adjudicator's answer counts, and until then the item waits.
     Raises NoSuchQueue, ValueError when the queue has no such question or it has no options.
     """
     queue = await get_queue(pool, queue_id)
     asked = next((q for q in queue.rubric if q.name == question), None)
-    if asked is None or not (asked.options or asked.kind == "golden"):
+    if asked is None or not has_estimate(asked):
         raise ValueError(f"{question}: queue {queue.name} has no question of this name with fixed options")
     rows = await fetch(pool, _CONTROL, queue_id, question)
     waiting = sum(row["count"] for row in rows if row["state"] in ("open", "to_adjudicate"))

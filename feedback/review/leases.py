@@ -19,7 +19,7 @@ import msgspec
 from feedback import log
 from feedback.review import Reviewer
 from feedback.review.database import Connection, transaction
-from feedback.review.queues import NoSuchQueue, Queue, get_queue, queue_of
+from feedback.review.queues import MAX_OVERLAP, NoSuchQueue, Queue, get_queue, queue_of
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,9 @@ class Assignment:
     ``interaction``: interaction_id, session_id, occurred_at, messages, output, retrieved, train_ok, and (not in a blind queue)
     provider, model, prompt_name, prompt_version, app_release, variant, latency_ms, cost_usd, metadata.
     ``feedback``: the state of each standing feedback item on it (kind, name, score, label, explanation, correction, reasons,
-    annotator_kind, author_role, occurred_at), oldest first; ``why``: the reasons it is here, each with ``rule`` and
-    its figures; ``control``: drawn for the control sample. In a blind queue: (), () and None.
+    annotator_kind, author_role, occurred_at), oldest first, but what reviewers said of it elsewhere: that queue may be
+    a blind one; ``why``: the reasons it is here, each with ``rule`` and its figures; ``control``: drawn for the control
+    sample. In a blind queue: (), () and None.
     """
 
     lease: Lease
@@ -57,7 +58,10 @@ class LostLease(LookupError):
 
 @dataclass(frozen=True)
 class Item:
-    """An item as it is, nothing hidden. ``read_at`` is the database's time of the transaction that read it."""
+    """An item as it is, nothing hidden; ``elsewhere`` tells in ``feedback`` what reviewers said without this item.
+
+    ``read_at`` is the database's time of the transaction that read it.
+    """
 
     item_id: UUID
     queue: Queue
@@ -151,7 +155,9 @@ async def hold(connection: Connection, reviewer: Reviewer, lease: Lease) -> Queu
 
 
 def held(reviewer: Reviewer, lease: Lease) -> tuple[Any, ...]:
-    """What tells a lease that holds: item, slot, fence, reviewer's name and app."""
+    """What tells a lease that holds: item, slot, fence, reviewer's name and app. Raises LostLease."""
+    if not (0 < lease.slot <= MAX_OVERLAP and 0 < lease.fence < 2**63):
+        raise lost()
     return lease.item_id, lease.slot, lease.fence, reviewer.name, reviewer.app
 
 
@@ -191,7 +197,7 @@ async def read_item(connection: Connection, item_id: UUID) -> Item:
     row = await connection.fetchrow(_ITEM, item_id)
     if row is None:
         raise lost()
-    said = await connection.fetch(_FEEDBACK, row["interaction_id"])
+    said = await connection.fetch(_FEEDBACK, row["interaction_id"], str(item_id))
     return Item(
         item_id=item_id,
         queue=queue_of(row),
@@ -212,14 +218,22 @@ def lost() -> LostLease:
 
 def _assigned(item: Item, lease: Lease) -> Assignment:
     if not item.queue.blind:
-        return Assignment(lease, item.queue, item.interaction, item.feedback, item.why, item.control)
+        said = tuple(event for event in item.feedback if not event["elsewhere"])
+        return Assignment(lease, item.queue, item.interaction, said, item.why, item.control)
     shown = {name: item.interaction[name] for name in _SHOWN}
     return Assignment(lease, item.queue, shown, (), (), None)
 
 
 def _decoded(text: str | None) -> Any:
-    return None if text is None else msgspec.json.decode(text)
+    try:
+        return None if text is None else msgspec.json.decode(text)
+    except (RecursionError, msgspec.DecodeError):
+        # Postgres keeps what is beyond this reader; one such interaction must not stop a queue.
+        return UNREADABLE
 
+
+UNREADABLE = "too deeply nested or out of range to be shown"
+"""Stands for stored JSON that cannot be read."""
 
 _SHOWN = ("interaction_id", "session_id", "occurred_at", "messages", "output", "retrieved", "train_ok")
 _IDENTIFYING = (
@@ -244,7 +258,8 @@ _ITEM = f"""
 """
 
 _FEEDBACK = """
-    SELECT kind, name, score, label, explanation, correction, reasons, annotator_kind, author_role, occurred_at
+    SELECT kind, name, score, label, explanation, correction, reasons, annotator_kind, author_role, occurred_at,
+        author_role IN ('reviewer', 'adjudicator') AND metadata ->> 'item_id' IS DISTINCT FROM $2 AS elsewhere
     FROM feedback.current(
         ARRAY(SELECT DISTINCT feedback_id FROM feedback.feedback_event WHERE interaction_id = $1)
     )

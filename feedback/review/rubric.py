@@ -5,7 +5,6 @@ Does not belong here: who may answer when (``feedback.review.submissions``).
 """
 
 import json
-import math
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -209,8 +208,8 @@ def _checked(question: Question, answer: Any, output: str | None) -> Any:
     if question.kind == "score" and not question.options:
         if isinstance(answer, bool) or not isinstance(answer, int | float):
             raise AnswerRefused(question.name, "is no number", "Send a number from 0 to 1")
-        if not math.isfinite(answer) or not 0 <= answer <= 1:
-            raise AnswerRefused(question.name, f"{answer} is not from 0 to 1", "Send a number from 0 to 1")
+        if not 0 <= answer <= 1:
+            raise AnswerRefused(question.name, "is not from 0 to 1", "Send a number from 0 to 1")
         return float(answer)
     if not isinstance(answer, str):
         raise AnswerRefused(question.name, "is no text", "Send a text")

@@ -36,6 +36,7 @@ PARAMS: Mapping[RuleKind, Mapping[str, float]] = {
 
 MAX_PRIORITY = 1_000
 FILL_SECONDS = 300.0
+DRY_RUN_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class Filled:
 
 class RuleRefused(Refused):
     """A rule that makes no sense; ``field`` is a path such as ``params.below``."""
+
+
+class TooSlow(Exception):
+    """A dry run that takes longer than somebody waits for it."""
 
 
 async def save_rule(
@@ -131,16 +136,20 @@ async def dry_run(pool: log.Pool, queue_id: UUID, rule: Rule, days: int = 7) -> 
     """What the rule would have chosen of the app's last ``days``, by the SQL that ``fill`` runs, as if the queue looked
     back that far. What is in the queue already counts too. Review pool.
 
-    Raises RuleRefused, NoSuchQueue.
+    Raises RuleRefused, NoSuchQueue, TooSlow.
     """
     queue = await get_queue(pool, queue_id)
     arguments = _arguments(queue, rule.kind, checked_params(rule), rule.sample_rate, days, EVERYTHING)
     async with transaction(pool) as connection:
-        row = await connection.fetchrow(
-            f"{chosen(rule.kind)} SELECT (SELECT count(*) FROM chosen), (SELECT count(*) FROM scope)",
-            *arguments,
-            timeout=FILL_SECONDS,
-        )
+        # The server itself ends it: giving up here alone would leave it at work.
+        await connection.execute(f"SET LOCAL statement_timeout = {round(DRY_RUN_SECONDS * 1000)}")
+        try:
+            row = await connection.fetchrow(
+                f"{chosen(rule.kind)} SELECT (SELECT count(*) FROM chosen), (SELECT count(*) FROM scope)",
+                *arguments,
+            )
+        except asyncpg.QueryCanceledError:
+            raise TooSlow(f"Trying this rule takes more than {DRY_RUN_SECONDS:g} seconds") from None
     return DryRun(*row)
 
 
@@ -224,10 +233,14 @@ async def _disable(connection: Connection, rule_id: UUID, queue_id: UUID | None 
 
 
 async def _fill(connection: Connection, queue: Queue, rules: list[SavedRule]) -> list[Filled]:
-    # Fills of one queue take turns, so that each starts where the one before it has ended.
+    # Fills of one queue take turns, however long one takes, so that each starts where the one before it has ended.
+    await connection.execute("SET LOCAL lock_timeout = 0")
     await connection.execute(
-        "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", f"fill {queue.queue_id}"
+        "SELECT pg_advisory_xact_lock(hashtextextended($1, 0))",
+        f"fill {queue.queue_id}",
+        timeout=FILL_SECONDS,
     )
+    await connection.execute("SET LOCAL lock_timeout TO DEFAULT")
     # Taken before looking: all that commits after this is younger, and is looked at again next time.
     horizon = await connection.fetchval("SELECT pg_snapshot_xmin(pg_current_snapshot())::text")
     progress = dict(

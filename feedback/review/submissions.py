@@ -1,14 +1,16 @@
-"""Submissions: a reviewer's answers become feedback events, or a skip with its reason.
+"""Submissions: a reviewer's answers become feedback events, or a skip with its reason; a flag does at any time.
 
-Belongs here: submit, skip, and writing the events that answers become. Does not belong here: which answers are valid
+Belongs here: submit, skip, flag, and writing the events that answers become. Does not belong here: which answers are valid
 (``feedback.review.rubric``), several reviewers' answers together (``feedback.review.adjudication``).
 
 The ids of the events follow from item, slot, fence and question. A submission that is sent again, because its answer
 got lost on the way, therefore finds itself and is answered the same.
 """
 
+import hashlib
+import hmac
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any, Literal, get_args
 from uuid import UUID, uuid5
 
@@ -68,6 +70,34 @@ async def skip(pool: log.Pool, reviewer: Reviewer, lease: Lease, reason: str, mo
         await note(connection, reviewer, lease, "skipped", mode, reason.strip())
 
 
+async def flag(
+    pool: log.Pool,
+    pseudonym_key: bytes,
+    reviewer: Reviewer,
+    lease: Lease,
+    event_id: UUID,
+    label: str,
+    note: str,
+) -> None:
+    """Flag the item of a lease, which goes on. ``event_id``, a UUIDv7, is the caller's: a retry adds nothing.
+
+    Raises LostLease, AnswerRefused.
+    """
+    event = {"event_id": str(event_id), "kind": "flag", "label": label, "explanation": note.strip() or None}
+    async with transaction(pool) as connection:
+        await hold(connection, reviewer, lease)
+        item = await read_item(connection, lease.item_id)
+        row = _row(item, pseudonym_key, reviewer, lease.slot, event, {}, "label", item.read_at)
+        if not await connection.fetch(log.EVENTS.insert, msgspec.json.encode([row]).decode()):
+            stored = await connection.fetchval(
+                "SELECT body_sha256 FROM feedback.feedback_event WHERE event_id = $1", event_id
+            )
+            if stored != row["body_sha256"]:
+                raise AnswerRefused(
+                    "label", "this flag was taken with other words", "Close and flag again to add one"
+                )
+
+
 def rows_of(
     item: Item,
     pseudonym_key: bytes,
@@ -83,33 +113,55 @@ def rows_of(
     given = check_answers(item.queue.rubric, answers, output=output, disliked=disliked)
     # Before the moment of arrival, which the fold would take instead.
     now = item.read_at - timedelta(milliseconds=1)
-    caller = Caller(reviewer.key_id, reviewer.app, ("review",), reviewer.name)
     rows = []
     # A correction comes last in time: of several votes by one person the latest counts.
     for question in sorted(item.queue.rubric, key=lambda question: question.kind == "correction"):
         if question.name not in given:
             continue
         now += timedelta(microseconds=1)
-        event = event_of(question, given[question.name]) | {
-            "event_id": str(uuid5(item.item_id, f"{slot} {fence} {question.name}")),
-            "interaction_id": item.interaction["interaction_id"],
-            "session_id": item.interaction["session_id"],
-            "author_id": reviewer.name,
-            "author_role": "reviewer" if slot else "adjudicator",
-            "metadata": {
-                "queue_id": str(item.queue.queue_id),
-                "item_id": str(item.item_id),
-                "slot": slot,
-                "question": question.title,
-            },
-        }
-        try:
-            rows.append(prepare_event(msgspec.json.encode(event), caller, pseudonym_key, now).row)
-        except PayloadError as error:
-            raise AnswerRefused(question.name, error.message, error.remedy or "Answer otherwise") from None
-        except UnicodeEncodeError:
-            raise AnswerRefused(question.name, "holds half a character", "Send valid UTF-8") from None
+        event_id = str(uuid5(item.item_id, f"{slot} {fence} {question.name}"))
+        event = event_of(question, given[question.name]) | {"event_id": event_id}
+        about = {"question": question.title}
+        rows.append(_row(item, pseudonym_key, reviewer, slot, event, about, question.name, now))
     return rows
+
+
+def reviewers_key(pseudonym_key: bytes) -> bytes:
+    """What reviewers' names are turned into pseudonyms with: no id that a product sends gives the same one."""
+    return hmac.digest(pseudonym_key, b"datamoat reviewers", hashlib.sha256)
+
+
+def _row(
+    item: Item,
+    pseudonym_key: bytes,
+    reviewer: Reviewer,
+    slot: int,
+    event: Mapping[str, Any],
+    about: Mapping[str, Any],
+    field: str,
+    now: datetime,
+) -> log.Row:
+    """The row of the log that says ``event`` on an item; ``field`` is what a refusal names. Raises AnswerRefused."""
+    complete = {
+        **event,
+        "interaction_id": item.interaction["interaction_id"],
+        "session_id": item.interaction["session_id"],
+        "author_id": reviewer.name,
+        "author_role": "reviewer" if slot else "adjudicator",
+        "metadata": {
+            "queue_id": str(item.queue.queue_id),
+            "item_id": str(item.item_id),
+            "slot": slot,
+            **about,
+        },
+    }
+    caller = Caller(reviewer.key_id, reviewer.app, ("review",), reviewer.name)
+    try:
+        return prepare_event(msgspec.json.encode(complete), caller, reviewers_key(pseudonym_key), now).row
+    except PayloadError as error:
+        raise AnswerRefused(field, error.message, error.remedy or "Answer otherwise") from None
+    except UnicodeEncodeError:
+        raise AnswerRefused(field, "holds half a character", "Send valid UTF-8") from None
 
 
 async def write_response(

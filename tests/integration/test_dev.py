@@ -187,6 +187,7 @@ def test_the_printed_link_signs_in_and_questions_are_answered_from_the_index(dev
     (link,) = [line.split()[-1] for line in dev.output.read_text().splitlines() if line.startswith("sign in")]
     assert dev.deployment.settings.person_key_file.stat().st_mode & 0o077 == 0
     page.goto(link)
+    page.get_by_role("button", name="Sign in").press("Enter")
     expect(page.get_by_role("button", name="Sign out")).to_be_visible()
     answer = page.request.post(
         f"{dev.feedback}/ask/api/ask",

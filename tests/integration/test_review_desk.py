@@ -3,6 +3,7 @@
 import asyncio
 import random
 from collections import Counter
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -15,16 +16,17 @@ from feedback.review.adjudication import (
     AlreadyDecided,
     NoSuchItem,
     NotYet,
+    OwnAnswers,
     adjudicate,
     reviewed,
     to_adjudicate,
 )
 from feedback.review.estimates import control_estimate
-from feedback.review.leases import Lease, LostLease, assignment, claim, extend, release
+from feedback.review.leases import UNREADABLE, Lease, LostLease, assignment, claim, extend, release
 from feedback.review.queues import NoSuchQueue, Queue, close_queue, list_queues
 from feedback.review.rubric import AnswerRefused, Question, RubricRefused
 from feedback.review.rules import Rule, fill, save_rule
-from feedback.review.submissions import skip, submit
+from feedback.review.submissions import flag, reviewers_key, skip, submit
 from feedback.service import REVIEW_ROLE
 from storage.database import Database
 from tests.integration.review_desk import APP, GOLD, KEY, RUBRIC, VERDICT, Desk, at_desk, open_desk, reviewer
@@ -209,6 +211,49 @@ async def test_an_expired_lease_is_lost_and_its_owner_may_claim_again(desk: Desk
 
 
 @at_desk
+async def test_a_lease_with_impossible_numbers_is_lost(desk: Desk) -> None:
+    lease = (await desk.claim(await filled(desk))).lease
+    impossible_numbers: list[dict[str, Any]] = [{"slot": 99_999_999_999}, {"slot": -1}, {"fence": 2**63}]
+    for changes in [*impossible_numbers, {"fence": -(10**30)}]:
+        impossible = replace(lease, **changes)
+        for act in (
+            desk.submit(impossible, verdict="right"),
+            extend(desk.review, reviewer(), impossible),
+            assignment(desk.review, reviewer(), impossible),
+        ):
+            with pytest.raises(LostLease):
+                await act
+
+
+@at_desk
+async def test_metadata_that_cannot_be_read_does_not_stop_the_queue(desk: Desk) -> None:
+    queue = await filled(desk)
+    async with await psycopg.AsyncConnection.connect(desk.database.url) as owner:
+        await owner.execute("ALTER TABLE feedback.interaction DISABLE TRIGGER USER")
+        await owner.execute(
+            "UPDATE feedback.interaction SET metadata = (repeat('[', 3000) || repeat(']', 3000))::jsonb"
+        )
+    work = await desk.claim(queue)
+    assert work.interaction["metadata"] == UNREADABLE
+    assert await desk.submit(work.lease, verdict="right")
+
+
+def test_who_waits_for_a_lock_in_vain_may_come_again(database: Database) -> None:
+    async def run() -> None:
+        async with open_desk(database, size=1) as desk:
+            queue = await filled(desk)
+            async with desk.review.acquire() as connection:
+                await connection.execute("SET lock_timeout = '50ms'")
+            async with await psycopg.AsyncConnection.connect(desk.database.url) as owner:
+                await owner.execute("LOCK TABLE feedback.review_slot")
+                with pytest.raises(log.Unavailable):
+                    await claim(desk.review, queue.queue_id, reviewer())
+            assert await desk.claim(queue)
+
+    asyncio.run(run())
+
+
+@at_desk
 async def test_extending_and_releasing(desk: Desk) -> None:
     queue = await filled(desk, lease_seconds=60)
     lease = (await desk.claim(queue)).lease
@@ -273,7 +318,8 @@ async def test_a_submission_becomes_feedback_of_a_pseudonymous_reviewer(desk: De
         ("correction", "fix", None, None, None, "Thus and thus."),
     ]
     common = {tuple(row.values())[7:] for row in rows}
-    assert common == {("reviewer", pseudonym(KEY, APP, "ada"), "HUMAN", "i000", "create", str(lease.item_id))}
+    author = pseudonym(reviewers_key(KEY), APP, "ada")
+    assert common == {("reviewer", author, "HUMAN", "i000", "create", str(lease.item_id))}
     times = await desk.column(
         "SELECT kind FROM feedback.feedback_event ORDER BY least(occurred_at, received_at), kind"
     )
@@ -286,6 +332,11 @@ async def test_a_submission_becomes_feedback_of_a_pseudonymous_reviewer(desk: De
         "fix": "Thus and thus.",
         "gold": True,
     }
+    # A product that calls one of its users "ada" speaks of somebody else.
+    await desk.feedback("i000", "thumb", score=1, author_id="ada", author_role="reviewer")
+    assert await desk.column(
+        "SELECT count(DISTINCT author_ref) FROM feedback.feedback_event WHERE author_role = 'reviewer'"
+    ) == [2]
 
 
 @at_desk
@@ -432,6 +483,58 @@ async def test_an_open_queue_shows_what_others_said(desk: Desk) -> None:
     await desk.submit((await desk.claim(queue)).lease, verdict="right")
     bob = await desk.claim(queue, "bob")
     assert [(said["name"], said["author_role"]) for said in bob.feedback] == [("verdict", "reviewer")]
+
+
+@at_desk
+async def test_an_open_queue_shows_nothing_of_a_blind_one(desk: Desk) -> None:
+    blind = await filled(desk, overlap=2, blind=True)
+    await desk.feedback("i000", "thumb", score=1)
+    lease = (await desk.claim(blind)).lease
+    await flag(desk.review, KEY, reviewer(), lease, uuid7(), "unsafe", "")
+    await desk.submit(lease, verdict="wrong")
+    other = await desk.queue(control_rate=1.0)
+    await fill(desk.review, other.queue_id)
+    assert [said["kind"] for said in (await desk.claim(other, "bob")).feedback] == ["thumb"]
+
+
+@at_desk
+async def test_a_flag_that_is_sent_again_counts_once(desk: Desk) -> None:
+    lease = (await desk.claim(await filled(desk))).lease
+    event_id = uuid7()
+    for _ in range(3):
+        await flag(desk.review, KEY, reviewer(), lease, event_id, "unsafe", " Burns. ")
+    for label, note, field in (
+        ("other", "Burns.", "label"),
+        ("a@b", "", "label"),
+        ("x", "half \ud800", "label"),
+    ):
+        with pytest.raises(AnswerRefused) as refused:
+            await flag(desk.review, KEY, reviewer(), lease, event_id, label, note)
+        assert refused.value.field == field
+    await flag(desk.review, KEY, reviewer(), lease, uuid7(), "other", "")
+    rows = await desk.rows(
+        "SELECT label, explanation, author_ref, author_role FROM feedback.feedback_event ORDER BY label"
+    )
+    author = (pseudonym(reviewers_key(KEY), APP, "ada"), "reviewer")
+    assert [tuple(row.values()) for row in rows] == [("other", None, *author), ("unsafe", "Burns.", *author)]
+    await expire(desk)
+    with pytest.raises(LostLease):
+        await flag(desk.review, KEY, reviewer(), lease, uuid7(), "other", "")
+
+
+@at_desk
+async def test_nobody_decides_on_their_own_answers(desk: Desk) -> None:
+    queue = await filled(desk, overlap=2)
+    for name, verdict in (("ada", "right"), ("bob", "wrong")):
+        await desk.submit((await desk.claim(queue, name)).lease, name, verdict=verdict)
+    (item_id,) = await to_adjudicate(desk.review, queue.queue_id)
+    for name in ("ada", "bob"):
+        assert await to_adjudicate(desk.review, queue.queue_id, by=reviewer(name)) == []
+        with pytest.raises(OwnAnswers):
+            await adjudicate(desk.review, KEY, reviewer(name), item_id, pick=1)
+    assert await to_adjudicate(desk.review, queue.queue_id, by=reviewer("eve")) == [item_id]
+    assert await desk.column("SELECT state FROM feedback.review_item") == ["to_adjudicate"]
+    assert await adjudicate(desk.review, KEY, reviewer("eve"), item_id, pick=1)
 
 
 @at_desk

@@ -119,6 +119,12 @@ def test_no_text_keeps_the_page_waiting(text: str) -> None:
     assert to_html(text).startswith("<") or not text.strip()
 
 
+@pytest.mark.parametrize("depth", [20, 100, 800])
+def test_json_does_not_grow_without_bound(depth: int) -> None:
+    text = "[" * depth + "0," * 90_000 + "0" + "]" * depth
+    assert to_html(text) == f"<pre>{text}</pre>"
+
+
 def test_own_paths_stay_here() -> None:
     for path in ("/", "/review", "/review/0190-a/rules", "/ask?x=1"):
         assert own_path(path) == path

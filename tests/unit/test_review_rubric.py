@@ -65,6 +65,8 @@ def test_what_was_not_answered_is_left_out() -> None:
         ({"quality": 0.5}, "quality"),
         ({"share": 1.1}, "share"),
         ({"share": float("nan")}, "share"),
+        ({"share": float("-inf")}, "share"),
+        ({"share": 10**5000}, "share"),
         ({"share": True}, "share"),
         ({"share": "0.5"}, "share"),
         ({"remark": {"a": 1}}, "remark"),

@@ -1,5 +1,5 @@
 // Ask, show what was found, and take a better answer. Thumbs are the feedback element's own business.
-import { Refusal, SignedOut, post } from "./calls.js";
+import { Refusal, SignedOut, newId, post } from "./calls.js";
 
 const $ = (id) => document.getElementById(id);
 const form = $("ask");
@@ -32,14 +32,8 @@ form?.addEventListener("submit", async (event) => {
   }
 });
 
-/** A UUIDv7 that ends in the token's node: the only ids its bearer may use. */
-function newId(token) {
-  const { node } = JSON.parse(atob(token.slice(4).split(".")[0].replaceAll("-", "+").replaceAll("_", "/")));
-  const [a, b] = crypto.getRandomValues(new Uint16Array(2));
-  const hex = (value, length) => value.toString(16).padStart(length, "0");
-  const time = hex(Date.now(), 12);
-  return `${time.slice(0, 8)}-${time.slice(8)}-7${hex(a & 0xfff, 3)}-${hex(0x8000 | (b & 0x3fff), 4)}-${node}`;
-}
+/** What every id must end in that a token's bearer uses. */
+const nodeOf = (token) => JSON.parse(atob(token.slice(4).split(".")[0].replaceAll("-", "+").replaceAll("_", "/"))).node;
 
 async function better(event) {
   event.preventDefault();
@@ -49,7 +43,7 @@ async function better(event) {
   if (button.disabled || !correction.trim()) return;
   button.disabled = true;
   const { token } = box.dataset;
-  const event_id = newId(token);
+  const event_id = newId(nodeOf(token));
   // Whoever thinks again revises what they said.
   box.dataset.feedback ??= event_id;
   const revision = Number(box.dataset.revision ?? 0) + 1;

@@ -19,6 +19,15 @@ export class Offline extends Error {}
 /** The session has ended; the person must sign in again. */
 export class SignedOut extends Error {}
 
+/** A UUIDv7, ending in `node` if given. crypto.randomUUID makes none, and nothing at all on a plain http address. */
+export function newId(node) {
+  const [a, b, ...rest] = crypto.getRandomValues(new Uint16Array(5));
+  const hex = (value, length) => value.toString(16).padStart(length, "0");
+  const time = hex(Date.now(), 12);
+  const end = node ?? rest.map((part) => hex(part, 4)).join("");
+  return `${time.slice(0, 8)}-${time.slice(8)}-7${hex(a & 0xfff, 3)}-${hex(0x8000 | (b & 0x3fff), 4)}-${end}`;
+}
+
 const PATIENCE = 20_000;
 
 /** What the review page asks for. */

@@ -1,10 +1,12 @@
-// A link /login#dm_… signs in at once. The fragment is never sent to a server, and leaves the address bar here.
-function signIn() {
+// A link /login#dm_… brings the key, and the person presses the button: a link that somebody else made would sign them
+// in as somebody else. The fragment is never sent to a server, and leaves the address bar here.
+function takeKey() {
   const key = location.hash.slice(1);
   if (!key) return false;
   history.replaceState(null, "", location.pathname + location.search);
   document.getElementById("key").value = key;
-  document.getElementById("login").requestSubmit();
+  document.getElementById("from-link").hidden = false;
+  document.querySelector("#login button").focus();
   return true;
 }
 
@@ -15,5 +17,5 @@ async function goOn() {
   if (answer.ok) location.replace(answer.url);
 }
 
-addEventListener("hashchange", signIn);
-if (!signIn()) goOn();
+addEventListener("hashchange", takeKey);
+if (!takeKey()) goOn();

@@ -1,5 +1,5 @@
 // The review page: one item at a time, by keyboard, with nothing lost when a lease or the connection is.
-import { Offline, Refusal, SignedOut, call } from "./calls.js";
+import { Offline, Refusal, SignedOut, call, newId } from "./calls.js";
 import { showDifference } from "./diff.js";
 import { Store } from "./store.js";
 
@@ -123,13 +123,24 @@ async function refreshCounts() {
 
 // --- taking an item up -----------------------------------------------------------------------------------------
 
+/** Claim once more if the item vanished while it was handed out: it was erased. */
+async function claim() {
+  const ask = async () => (await call("claim", { queue_id: queue })).item;
+  try {
+    return await ask();
+  } catch (error) {
+    if (error instanceof Refusal && error.code === "lost_lease") return ask();
+    throw error;
+  }
+}
+
 async function next() {
   const before = phase === "lost" ? item : null;
   setPhase("loading");
   leavePast();
   let found;
   try {
-    found = (await call("claim", { queue_id: queue })).item;
+    found = await claim();
   } catch (error) {
     item = null;
     clear();
@@ -432,7 +443,10 @@ function failed(error, offline = () => setPhase("working")) {
 
 function lost() {
   saveDraft();
-  if (!item) return;
+  if (!item) {
+    setPhase("empty");
+    return notify("warn", "The item was gone before you had it.", ["Look again", next]);
+  }
   setPhase("lost");
   mark(item.lease.item_id, "lost", item.title);
   $("lease").textContent = "no lease";
@@ -612,8 +626,9 @@ onSend("skip", async ({ reason, mode }) => {
   queueMicrotask(next);
 });
 
+let flagId; // one per opening of the dialog: a flag whose reply got lost is pressed again and counts once
 onSend("flag", async ({ label, note }) => {
-  await call("flag", { lease: item.lease, label, note });
+  await call("flag", { lease: item.lease, event_id: flagId, label, note });
   toast("Flagged");
 });
 
@@ -622,7 +637,11 @@ onSend("flag", async ({ label, note }) => {
 const ACTS = {
   submit,
   skip: () => phase === "working" && past === null && open("skip"),
-  flag: () => phase === "working" && past === null && open("flag"),
+  flag: () => {
+    if (phase !== "working" || past !== null) return;
+    flagId = newId();
+    open("flag");
+  },
   help: () => open("help"),
   correct: () => activate("correction"),
   reset: () => {

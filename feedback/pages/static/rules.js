@@ -24,21 +24,25 @@ function refuse(text) {
 
 let asked = 0;
 let timer;
+let trying = Promise.resolve(); // one after the other: what is out of date by its turn is not asked at all
 function dryRun() {
   clearTimeout(timer);
   const mine = (asked += 1);
   $("sentence").textContent = "…";
   if (!form.checkValidity()) return;
-  timer = setTimeout(async () => {
-    try {
-      const { sentence } = await call("try-rule", { queue_id, rule: rule() });
-      if (mine !== asked) return;
-      $("sentence").textContent = sentence;
-      refuse("");
-    } catch (error) {
-      if (mine === asked) refuse(said(error));
-    }
-  }, 200);
+  timer = setTimeout(() => (trying = trying.then(() => ask(mine))), 200);
+}
+
+async function ask(mine) {
+  if (mine !== asked) return;
+  try {
+    const { sentence } = await call("try-rule", { queue_id, rule: rule() });
+    if (mine !== asked) return;
+    $("sentence").textContent = sentence;
+    refuse("");
+  } catch (error) {
+    if (mine === asked) refuse(said(error));
+  }
 }
 
 function describe() {

@@ -1,9 +1,14 @@
 """Queues as admins and reviewers see them: making one, its rules, deciding what reviewers disagree on."""
 
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
+import psycopg
 from playwright.sync_api import Page, expect
 
+from feedback.review.rubric import Question
 from tests.integration.pages.conftest import Site, Tabs, working
 from tests.integration.pages.test_pages_review import HEAT, HOSTILE, OIL, begin, press
 
@@ -59,11 +64,14 @@ def test_a_queue_is_made_filled_and_closed(site: Site, tabs: Tabs, picture: Pict
     page.get_by_role("dialog").get_by_role("button", name="Close queue").click()
     expect(page.get_by_text("closed", exact=True)).to_be_visible()
     expect(page.locator("#new-rule")).to_have_count(0)
+    ((key_id,),) = site.rows(
+        "select key_id from feedback.api_key where app = %s and holder = 'Chief'", site.app
+    )
     assert site.rows(
         "select actor, act from feedback.admin_audit where subject = 'review_queue' and after ->> 'name' = 'Pumps'"
         " and after ->> 'app' = %s order by audit_id",
         site.app,
-    ) == [("Chief", "insert"), ("Chief", "update")]
+    ) == [(f"Chief (key {key_id})", "insert"), (f"Chief (key {key_id})", "update")]
 
 
 def test_a_senseless_rule_is_refused_before_it_is_saved(site: Site, tabs: Tabs) -> None:
@@ -97,6 +105,7 @@ def test_reviewers_read_the_rules_and_change_nothing(site: Site, tabs: Tabs) -> 
     queue_id = {"queue_id": str(queue)}
     for name, body in (
         ("create", new),
+        ("try-rule", queue_id | {"rule": rule}),
         ("add-rule", queue_id | {"rule": rule}),
         ("stop-rule", queue_id | {"rule_id": str(queue)}),
         ("fill", queue_id),
@@ -106,6 +115,38 @@ def test_reviewers_read_the_rules_and_change_nothing(site: Site, tabs: Tabs) -> 
             f"/review/api/{name}", data=body, headers={"Sec-Fetch-Site": "same-origin"}
         )
         assert answer.status == 403, name
+
+
+def test_rules_are_tried_one_at_a_time(site: Site) -> None:
+    queue = site.queue(OIL)
+    same = {"Sec-Fetch-Site": "same-origin"}
+    body = {"queue_id": str(queue), "rule": {"kind": "flag", "params": {}}}
+    trying = (
+        "select count(*) from pg_stat_activity where wait_event_type = 'Lock' and position('recent AS NOT MATERIALIZED' in query) > 0"
+        " and datname = current_database()"
+    )
+    with (
+        psycopg.connect(site.service.database_url) as lock,
+        ThreadPoolExecutor(3) as admins,
+        httpx.Client(base_url=site.url, headers=same, timeout=30) as client,
+    ):
+        client.post("/login", data={"key": site.key("Chief", "review", "admin")})
+        lock.execute("lock table feedback.interaction")
+        answers = [admins.submit(client.post, "/review/api/try-rule", json=body) for _ in range(3)]
+        while site.rows(trying) == [(0,)] and not any(answer.done() for answer in answers):
+            time.sleep(0.02)
+        time.sleep(0.3)
+        assert site.rows(trying) == [(1,)]
+        lock.rollback()
+        assert {answer.result().json()["would_queue"] for answer in answers} == {1}
+
+
+def test_a_number_as_first_question_has_no_estimate(site: Site, tabs: Tabs) -> None:
+    rubric = (Question("grade", "score", "Grade"), Question("verdict", "choice", "Right?", ("yes", "no")))
+    site.queue(OIL, rubric=rubric, reason=False)
+    page = tabs.sign_in("Ada")
+    assert page.goto("/review").status == 200  # type: ignore[union-attr]
+    expect(page.locator("main table")).to_contain_text("not enough data, n = 0")
 
 
 SYNTHETIC, PAO = "Use synthetic oil.", "Use PAO oil."
@@ -155,6 +196,24 @@ def test_answers_are_decided_by_picking_or_merging(site: Site, tabs: Tabs, pictu
         ("right_answer", "Use synthetic PAO oil."),
         ("verdict", "partly right"),
     ]
+
+
+def test_those_who_disagree_do_not_decide(site: Site, tabs: Tabs) -> None:
+    mia = answer_differently(site, tabs, OIL)
+    item = mia.locator("#adjudicate").get_attribute("data-item")
+    page = tabs.sign_in("Ada")
+    page.goto(mia.url)
+    expect(page.locator("main")).to_contain_text("somebody else decides")
+    expect(page.get_by_text("waiting")).to_have_count(0)
+    page.goto(mia.url.removesuffix("/adjudicate"))
+    expect(page.locator("#notice")).to_contain_text("Nothing waits")
+    expect(page.locator("#adjudicate")).to_be_hidden()
+    answer = page.request.post(
+        "/review/api/adjudicate",
+        data={"item_id": item, "pick": 1},
+        headers={"Sec-Fetch-Site": "same-origin"},
+    )
+    assert (answer.status, answer.json()["error"]["code"]) == (409, "own_answers")
 
 
 def test_a_decision_is_checked_as_an_answer_is(site: Site, tabs: Tabs) -> None:

@@ -302,6 +302,37 @@ def test_a_flag_is_an_event(site: Site, tabs: Tabs) -> None:
     assert [(name, value) for _, name, value in site.said()] == [("flag", "unsafe")]
 
 
+def test_a_flag_whose_reply_got_lost_counts_once(site: Site, tabs: Tabs) -> None:
+    page = begin(tabs, site.queue(OIL))
+
+    def deliver_and_drop(route: Route) -> None:
+        route.fetch()
+        route.abort()
+
+    page.route("**/flag", deliver_and_drop, times=1)
+    press(page, "f", "Enter")
+    dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_role("alert")).to_contain_text("cannot be reached")
+    page.get_by_label("Unsafe").check()
+    press(page, "Enter")
+    expect(dialog.get_by_role("alert")).to_contain_text("taken with other words")
+    page.get_by_label("Personal data").check()
+    press(page, "Enter")
+    expect(page.locator("#toast")).to_have_text("Flagged")
+    assert [value for *_, value in site.said()] == ["personal data"]
+    press(page, "f", "Enter")
+    expect(dialog).to_have_count(0)
+    assert [value for *_, value in site.said()] == ["personal data"] * 2
+
+
+def test_an_item_that_vanished_makes_room_for_the_next(site: Site, tabs: Tabs) -> None:
+    page = tabs.sign_in("Ada")
+    lost = {"error": {"code": "lost_lease", "message": "The lease has expired or was given up"}}
+    page.route("**/claim", lambda route: route.fulfill(status=409, json=lost), times=1)
+    page.goto(f"/review/{site.queue(OIL)}")
+    working(page, OIL[1])
+
+
 def test_answers_wait_for_the_connection(site: Site, tabs: Tabs, picture: Picture) -> None:
     page = begin(tabs, site.queue(OIL, HEAT), output=OIL[1])
     press(page, "3")
@@ -358,6 +389,8 @@ def test_signed_out_in_the_middle_loses_nothing(site: Site, tabs: Tabs) -> None:
     press(page, "Control+Enter")
     expect(page.locator("#notice")).to_contain_text("You are signed out")
     page.goto(f"/login?next={page.evaluate('location.pathname')}#{site.key('Ada')}")
+    expect(page.get_by_role("button", name="Sign in")).to_be_focused()
+    press(page, "Enter")
     working(page)
     expect(page.locator("[data-name=note] textarea")).to_have_value("worth keeping")
 

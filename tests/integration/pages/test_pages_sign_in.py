@@ -31,11 +31,16 @@ def signed_in(site: Site) -> Iterator[Callable[..., httpx.Client]]:
         yield sign_in
 
 
-def test_a_link_signs_in_and_leaves_no_key_behind(site: Site, tabs: Tabs) -> None:
+def test_a_link_brings_the_key_for_one_enter_and_leaves_none_behind(site: Site, tabs: Tabs) -> None:
     page = tabs.open()
     sent: list[str] = []
     page.on("request", lambda request: sent.append(request.url))
     page.goto(f"/login?next=%2Fask#{site.key('Ada')}")
+    # Whoever made the link: nobody is signed in by having followed it.
+    expect(page.get_by_text("if it was made for you")).to_be_visible()
+    expect(page.get_by_role("button", name="Sign in")).to_be_focused()
+    assert ("dm_" not in page.url, page.context.cookies()) == (True, [])
+    page.keyboard.press("Enter")
     page.wait_for_url("**/ask")
     expect(page.get_by_text("Ada", exact=True)).to_be_visible()
     assert not any("dm_" in url for url in sent)
@@ -83,6 +88,17 @@ def test_signing_out_ends_the_session_and_clears_what_the_browser_kept(site: Sit
     assert page.evaluate("Object.keys(localStorage).filter((key) => key.includes('draft'))") == []
     page.goto("/review")
     expect(page).to_have_url(f"{site.url}/login?next=%2Freview")
+
+
+def test_a_copy_of_the_cookie_ends_with_signing_out(
+    site: Site, signed_in: Callable[..., httpx.Client]
+) -> None:
+    client, other = signed_in(), signed_in()
+    copy = {"datamoat_session": client.cookies["datamoat_session"]}
+    assert client.post("/logout").headers["location"] == "/login"
+    assert httpx.get(f"{site.url}/review", cookies=copy).headers["location"] == "/login?next=%2Freview"
+    # The same person's other browser stays signed in.
+    assert other.get("/review").status_code == 200
 
 
 def test_a_revoked_key_ends_its_session(site: Site, signed_in: Callable[..., httpx.Client]) -> None:
@@ -182,6 +198,14 @@ def test_attempts_are_limited(site: Site) -> None:
     assert int(answers[11].headers["retry-after"]) >= 1
 
 
+def test_a_right_key_signs_in_whatever_others_tried(site: Site) -> None:
+    transport = httpx.HTTPTransport(local_address="127.0.0.78")
+    with httpx.Client(base_url=site.url, headers=SAME, transport=transport) as client:
+        while client.post("/login", data={"key": f"dm_{'x' * 40}"}).status_code != 429:
+            pass
+        assert client.post("/login", data={"key": site.key("Ada")}).status_code == 303
+
+
 def test_every_page_forbids_what_it_does_not_need(signed_in: Callable[..., httpx.Client]) -> None:
     client = signed_in()
     for path in ("/", "/login", "/review", "/ask", "/review/00000000-0000-0000-0000-000000000000"):
@@ -245,7 +269,17 @@ LEASE = {"item_id": str(UUID(int=7)), "slot": 1, "fence": 1, "expires_at": "2026
         ("/review/api/claim", b'{"queue_id": "\xff"}', 422),
         ("/review/api/claim", json.dumps({"queue_id": str(UUID(int=7))}).encode(), 404),
         ("/review/api/submit", json.dumps({"lease": LEASE, "answers": {"a": "\0"}}).encode(), 409),
-        ("/review/api/submit", json.dumps({"lease": LEASE | {"slot": 2**40}, "answers": {}}).encode(), 422),
+        ("/review/api/submit", json.dumps({"lease": LEASE | {"slot": 2**40}, "answers": {}}).encode(), 409),
+        ("/review/api/extend", json.dumps({"lease": LEASE | {"slot": 99_999_999_999}}).encode(), 409),
+        ("/review/api/extend", json.dumps({"lease": LEASE | {"fence": 10**30}}).encode(), 409),
+        ("/review/api/extend", json.dumps({"lease": LEASE | {"fence": -(2**63) - 1}}).encode(), 409),
+        (
+            "/review/api/preview",
+            json.dumps({"lease": LEASE, "answers": 7})
+            .encode()
+            .replace(b"7}", b'{"a": %b}}' % (b"[" * 3000 + b"]" * 3000)),
+            422,
+        ),
         ("/review/api/submit", b'{"lease": ' + b"[" * 100_000, 422),
         ("/review/api/reviewed", json.dumps({"item_id": str(UUID(int=7))}).encode(), 404),
         ("/review/api/create", json.dumps({"name": "x", "rubric": [], "overlap": 2**40}).encode(), 422),
@@ -254,13 +288,27 @@ LEASE = {"item_id": str(UUID(int=7)), "slot": 1, "fence": 1, "expires_at": "2026
             json.dumps({"name": "x\0", "rubric": [], "lease_minutes": 1e300}).encode(),
             422,
         ),
+        *(
+            (
+                "/review/api/create",
+                json.dumps(
+                    {
+                        "name": "x",
+                        "rubric": [{"name": "a", "kind": "text", "title": "A"}],
+                        "lease_minutes": minutes,
+                    }
+                ).encode(),
+                422,
+            )
+            for minutes in (1e308, -1e308, 0)
+        ),
         ("/ask/api/ask", rb'{"question": "\ud800"}', 422),
         ("/ask/api/ask", rb'{"question": "\u0000"}', 422),
         ("/ask/api/ask", json.dumps({"question": "x" * 3000}).encode(), 422),
         ("/ask/api/ask", b"x" * 9_000_000, 413),
         ("/login", b"key=%ff", 400),
         ("/login", b"key=" + "é".encode(), 401),
-        ("/login", b"&".join([b"a=b"] * 5000), 400),
+        ("/login", b"&".join([b"a=b"] * 500), 400),
     ],
     ids=lambda value: str(value)[:40],
 )
