@@ -10,7 +10,7 @@ from feedback import metrics
 
 DASHBOARD = Path(__file__).parents[2] / "docs" / "grafana" / "feedback.json"
 # Made from the database at each scrape.
-STORED = {"datamoat_dead_letters": set(), "datamoat_review_open_items": set()}
+STORED: dict[str, set[str]] = {"datamoat_dead_letters": set(), "datamoat_review_open_items": set()}
 
 
 def known() -> dict[str, set[str]]:
