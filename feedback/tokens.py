@@ -23,8 +23,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from feedback import log, openapi
-from feedback.access import KEY_CACHE_SECONDS, KEY_CACHE_SIZE, Bucket, Caller
+from feedback import openapi
+from feedback.access import Bucket, Caller
 from feedback.answers import Error, Token
 from feedback.http import Refused, answer, read_body
 from feedback.ids import pseudonym
@@ -133,23 +133,12 @@ async def verify(service: Service, token: str) -> Claims:
     """
     claims = read(service.pseudonym_key, token)
     _take(claims.node)
-    if _in_use.get(claims.api_key_id, 0.0) < time.monotonic():
-        rows = await log.fetch(
-            service.ingest,
-            "SELECT FROM feedback.api_key WHERE key_id = $1::uuid AND revoked_at IS NULL",
-            claims.api_key_id,
-        )
-        if not rows:
-            raise _refused("invalid_token", "The API key that made this feedback token was revoked")
-        if len(_in_use) >= KEY_CACHE_SIZE:
-            _in_use.clear()
-        _in_use[claims.api_key_id] = time.monotonic() + KEY_CACHE_SECONDS
+    if await service.access.by_id(claims.api_key_id) is None:
+        raise _refused("invalid_token", "The API key that made this feedback token was revoked")
     return claims
 
 
-# Until when each key id counts as in use without asking again, on the monotonic clock; and the requests of each
-# author on each answer. Key ids and nodes are unique everywhere, so both serve any number of services.
-_in_use: dict[str, float] = {}
+# The requests of each author on each answer. Nodes are unique everywhere, so one table serves any number of services.
 _buckets: dict[str, Bucket] = {}
 
 

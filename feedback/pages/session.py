@@ -20,10 +20,9 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
-from feedback.access import KEY_CACHE_SECONDS, KEY_CACHE_SIZE, Bucket, Caller
+from feedback.access import Bucket, Caller
 from feedback.answers import Error
 from feedback.http import Refused, forbidden
-from feedback.log import fetch
 from feedback.review import Reviewer
 from feedback.service import Service
 
@@ -35,7 +34,8 @@ SCOPE = "review"
 # to wait; a right key is let in all the same, since behind a proxy many people have one address.
 ATTEMPTS_AT_ONCE = 10
 ATTEMPTS_PER_SECOND = 1 / 6
-MAX_ENDED = 10_000
+# Addresses and ended sessions remembered at most.
+MAX_REMEMBERED = 10_000
 
 
 class Claims(msgspec.Struct):
@@ -77,7 +77,6 @@ class Sessions:
     """Signs people in and recognises them again; a revoked key ends its sessions within seconds."""
 
     service: Service
-    _known: dict[str, tuple[float, Caller | None]] = field(default_factory=dict)
     _attempts: dict[str, Bucket] = field(default_factory=dict)
     _ended: dict[str, None] = field(default_factory=dict)
 
@@ -122,7 +121,7 @@ class Sessions:
     def forget(self, response: Response, person: Person) -> None:
         """Take the cookie from the browser, and accept no copy of it here."""
         response.delete_cookie(COOKIE, httponly=True, samesite="strict")
-        if len(self._ended) >= MAX_ENDED:
+        if len(self._ended) >= MAX_REMEMBERED:
             del self._ended[next(iter(self._ended))]
         self._ended[person.session_id] = None
 
@@ -131,7 +130,7 @@ class Sessions:
         claims = self._claims(request.cookies.get(COOKIE, ""))
         if claims is None:
             return None
-        caller = await self._caller(claims.key_id)
+        caller = await self.service.access.by_id(claims.key_id)
         if caller is None or SCOPE not in caller.scopes:
             return None
         return Person(caller, claims.session_id)
@@ -151,23 +150,9 @@ class Sessions:
         key = hmac.digest(self.service.pseudonym_key, b"datamoat page session", hashlib.sha256)
         return _encode(hmac.digest(key, payload.encode("utf-8", "surrogateescape"), hashlib.sha256))
 
-    async def _caller(self, key_id: str) -> Caller | None:
-        until, caller = self._known.get(key_id, (0.0, None))
-        if until < time.monotonic():
-            rows = await fetch(
-                self.service.ingest,
-                "SELECT app, scopes, holder FROM feedback.api_key WHERE key_id = $1 AND revoked_at IS NULL",
-                key_id,
-            )
-            caller = Caller(key_id, rows[0][0], tuple(rows[0][1]), rows[0][2]) if rows else None
-            if len(self._known) >= KEY_CACHE_SIZE:
-                self._known.clear()
-            self._known[key_id] = time.monotonic() + KEY_CACHE_SECONDS, caller
-        return caller
-
     def _count_failure(self, address: str) -> None:
         """Raises Refused with 429 after too many."""
-        if len(self._attempts) >= KEY_CACHE_SIZE and address not in self._attempts:
+        if len(self._attempts) >= MAX_REMEMBERED and address not in self._attempts:
             self._attempts.clear()
         bucket = self._attempts.setdefault(address, Bucket(ATTEMPTS_PER_SECOND, ATTEMPTS_AT_ONCE))
         wait = bucket.wait()
