@@ -135,6 +135,8 @@ def import_export(
                 for (kind, fate), count in sorted(done.items.items()):
                     if count:
                         typer.echo(f"  {kind}: {count:,} {fate}")
+                if done.refused_records:
+                    typer.echo(f"  {done.refused_records:,} of them refused: are these {name} exports?")
                 if done.refused_records or any(n for (_, fate), n in done.items.items() if fate == "refused"):
                     refused = True
                     typer.echo(f"  refused ones, each with its reason: {file}.refused.jsonl", err=True)
@@ -222,9 +224,12 @@ def list_dead_letters(
     """List dead letters, oldest first, without what people wrote."""
     from feedback import dead_letters
 
-    for letter in _as_admin(
+    letters = _as_admin(
         database_url, lambda pool: dead_letters.list_dead_letters(pool, limit=1000, replayed=replayed)
-    ):
+    )
+    if not letters:
+        typer.echo("there are none")
+    for letter in letters:
         outcome = f"  replayed: {letter.outcome}" if letter.outcome else ""
         typer.echo(
             f"{letter.dead_letter_id}  {letter.received_at:%Y-%m-%d %H:%M}  {letter.log} {letter.key}"

@@ -107,11 +107,10 @@ def revoke_key(conn: psycopg.Connection[Any], key_id: UUID) -> ApiKey:
 
     Raises KeyRefused if there is no such key.
     """
-    row = conn.execute(
-        "UPDATE feedback.api_key SET revoked_at = coalesce(revoked_at, now()) WHERE key_id = %s "
-        f"RETURNING {_COLUMNS}",
-        (key_id,),
-    ).fetchone()
+    conn.execute(
+        "UPDATE feedback.api_key SET revoked_at = now() WHERE key_id = %s AND revoked_at IS NULL", (key_id,)
+    )
+    row = conn.execute(f"SELECT {_COLUMNS} FROM feedback.api_key WHERE key_id = %s", (key_id,)).fetchone()
     if row is None:
         raise KeyRefused(f"there is no key {key_id}; see `python -m feedback key list`")
     return _from_row(row)

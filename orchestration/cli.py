@@ -14,6 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
+from feedback.cli import app as feedback_app
 from orchestration.settings import OPT_OUTS, Settings, SettingsError
 
 app = typer.Typer(
@@ -28,6 +29,8 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point: known errors become one sentence and exit code 1."""
+    import psycopg
+
     from assets.embeddings.index import NotLive
     from assets.sources.contract import ContractError
     from embedder.protocol import EmbedderError
@@ -52,6 +55,7 @@ def main() -> None:
         EmbedderError,
         NotLive,
         SendFailed,
+        psycopg.OperationalError,
         FileNotFoundError,
     ) as error:
         typer.echo(f"moat: {error}", err=True)
@@ -240,6 +244,22 @@ def sql(
 
     if not show_query(_settings(), Screen(sys.stdout), query):
         raise typer.Exit(1)
+
+
+def _of_this_deployment() -> None:
+    """The feedback service's own commands on this deployment: keys, imports, dead letters, the audit."""
+    from orchestration.deployment import open_warehouse, require_prepared
+
+    settings = _settings()
+    require_prepared(settings)
+    os.environ |= {
+        "DATABASE_URL": open_warehouse(settings).database.url,
+        "DATAMOAT_PSEUDONYM_KEY_FILE": str(settings.pseudonym_key_file),
+    }
+    os.environ.setdefault("DATAMOAT_API_KEY", settings.api_key_file.read_text().strip())
+
+
+app.add_typer(feedback_app, name="feedback", callback=_of_this_deployment)
 
 
 @app.command()

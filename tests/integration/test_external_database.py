@@ -59,6 +59,12 @@ def test_it_is_prepared_twice_and_answers(login: str, tmp_path: Path) -> None:
     assert not (tmp_path / "postgres").exists()
     asked = moat(tmp_path, login, "sql", "select current_user as who")
     assert "_reader" in asked.stdout
+    made = moat(tmp_path, login, "feedback", "key", "create", "--app", "shop", "--scope", "read")
+    assert made.returncode == 0 and made.stdout.startswith("dm_"), made.stderr
+    assert "shop  read" in moat(tmp_path, login, "feedback", "key", "list").stdout
+    refused = moat(tmp_path, login.replace(":secret%20word", ":wrong"), "status")
+    assert refused.returncode == 1
+    assert "password authentication failed" in refused.stderr and "Traceback" not in refused.stderr
 
 
 ATTEMPTS = (
