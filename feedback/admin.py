@@ -126,7 +126,17 @@ def router(service: Service) -> APIRouter:
         openapi_extra={
             "requestBody": {
                 "required": True,
-                "content": {"application/json": {"schema": NewKey.model_json_schema()}},
+                "content": {
+                    "application/json": {
+                        "schema": NewKey.model_json_schema(),
+                        "examples": {
+                            "ingest": {
+                                "value": {"app": "shop", "requests_per_second": 200, "burst": 500},
+                            },
+                            "review": {"value": {"app": "shop", "scopes": ["review"], "holder": "Ana Lima"}},
+                        },
+                    }
+                },
             }
         },
     )

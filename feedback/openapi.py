@@ -47,6 +47,7 @@ CORRECTION = {
     "author_id": "agent-3",
     "author_role": "reviewer",
 }
+_SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"api_key": []}]
 _REF = "#/components/schemas/{name}"
 
 
@@ -68,6 +69,9 @@ def _document(app: FastAPI, paths: Mapping[str, Any]) -> dict[str, Any]:
     types = (Interaction, FeedbackEvent, ItemResult, BatchResult, ErrorBody)
     _, components = msgspec.json.schema_components(types, ref_template=_REF)
     document["paths"] = {**paths, **document["paths"]}
+    for operation in (one for methods in document["paths"].values() for one in methods.values()):
+        if "401" in operation["responses"]:
+            operation.setdefault("security", _SECURITY)
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     schemas.update(components)
     document["components"]["securitySchemes"] = {
@@ -87,7 +91,7 @@ def ingest(summary: str, schema: str, examples: dict[str, Any]) -> dict[str, Any
             "description": "Send one object or an array of at most 1000 (at most 8 MiB).",
             "tags": ["capture"],
             "operationId": f"create_{schema}",
-            "security": [{"bearer": []}, {"api_key": []}],
+            "security": _SECURITY,
             "requestBody": {
                 "required": True,
                 "content": {

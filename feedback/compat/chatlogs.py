@@ -60,13 +60,25 @@ _LINE = {
         "response": {"type": "object"},
     },
 }
+_EXAMPLE = {
+    "timestamp": 1769860800,
+    "workload_id": "answer",
+    "request": {
+        "model": "in-house-7b",
+        "messages": [{"role": "user", "content": "How do I return a parcel?"}],
+    },
+    "response": {
+        "id": "chatcmpl-a1",
+        "choices": [{"message": {"role": "assistant", "content": "Print the label in your account."}}],
+    },
+}
 OPENAPI = {
     "/v1/chatlogs": described(
         "Record chat logs",
         "JSON Lines: {timestamp, workload_id, client_id, request, response} as OpenAI's chat completions have them, or "
         "{messages} as fine-tuning files do. At most 1000 lines (at most 8 MiB); one result per line, in order.",
         "chatlogs",
-        {name: {"schema": _LINE} for name in JSON_LINES},
+        {name: {"schema": _LINE, "examples": {"line": {"value": _EXAMPLE}}} for name in JSON_LINES},
         {
             "200": response("All lines are stored", "BatchResult"),
             "207": response("Some lines were refused", "BatchResult"),

@@ -148,22 +148,32 @@ _SCORE = {
         "comment": TEXT,
         "metadata": {"type": "object"},
     },
-    "example": {
-        "name": "user-feedback",
-        "value": 1,
-        "dataType": "BOOLEAN",
-        "traceId": "a1",
-        "comment": "Right",
-    },
 }
-
-
+_EXAMPLE = {
+    "id": "score-a1",
+    "name": "user-feedback",
+    "value": 1,
+    "dataType": "BOOLEAN",
+    "traceId": "4bf0a1c2d3e4f5a6b7c8d9e0f1a2b3c4",
+    "observationId": "a1b2c3d4e5f6a7b8",
+    "comment": "Right",
+}
+_BATCH = {
+    "batch": [
+        {
+            "id": "event-a2",
+            "type": "score-create",
+            "timestamp": "2026-01-31T12:00:00Z",
+            "body": _EXAMPLE | {"id": "score-a2"},
+        }
+    ]
+}
 OPENAPI = {
     "/api/public/scores": described(
         "Record a score, as Langfuse does",
         "The key goes where Langfuse's public or secret key goes. The same id and body again changes nothing.",
         "langfuse_score",
-        {JSON: {"schema": _SCORE}},
+        {JSON: {"schema": _SCORE, "examples": {"score": {"value": _EXAMPLE}}}},
         {
             "200": inline("Stored", {"type": "object", "properties": {"id": TEXT}}),
             **REFUSALS,
@@ -193,7 +203,8 @@ OPENAPI = {
                             },
                         }
                     },
-                }
+                },
+                "examples": {"batch": {"value": _BATCH}},
             }
         },
         {

@@ -30,7 +30,7 @@ from feedback.compat.shared import (
     sentence,
     store,
 )
-from feedback.formats import otlp
+from feedback.formats import otlp, otlp_wire
 from feedback.http import JSON, RETRY_AFTER_SECONDS, Refused, answer, check_type, read_body
 from feedback.log import Unavailable
 from feedback.payloads import PayloadError
@@ -138,6 +138,36 @@ def _status(encoding: str, status: int, message: str, headers: Mapping[str, str]
     return Response(content, status, headers, PROTOBUF)
 
 
+_CONTEXT = {"traceId": "4bf0a1c2d3e4f5a6b7c8d9e0f1a2b3c4", "spanId": "a1b2c3d4e5f6a7b8"}
+_SPAN = {
+    **_CONTEXT,
+    "name": "chat in-house-7b",
+    "startTimeUnixNano": "1769860800000000000",
+    "endTimeUnixNano": "1769860801000000000",
+    "attributes": otlp_wire.pairs(
+        {
+            "gen_ai.operation.name": "chat",
+            "gen_ai.request.model": "in-house-7b",
+            "gen_ai.input.messages": '[{"role": "user", "content": "How do I return a parcel?"}]',
+            "gen_ai.output.messages": '[{"role": "assistant", "content": "Print the label in your account."}]',
+        }
+    ),
+}
+_EVALUATION = {
+    **_CONTEXT,
+    "timeUnixNano": "1769860860000000000",
+    "eventName": "gen_ai.evaluation.result",
+    "attributes": otlp_wire.pairs(
+        {
+            "gen_ai.evaluation.name": "groundedness",
+            "gen_ai.evaluation.score.value": 0.9,
+            "gen_ai.evaluation.explanation": "The handbook says so",
+            "datamoat.annotator_kind": "LLM",
+        }
+    ),
+}
+_SPANS = {"resourceSpans": [{"scopeSpans": [{"spans": [_SPAN]}]}]}
+_RECORDS = {"resourceLogs": [{"scopeLogs": [{"logRecords": [_EVALUATION]}]}]}
 _PARTS = {
     "type": "object",
     "description": "rejectedSpans or rejectedLogRecords, and errorMessage with the first reasons; absent if none.",
@@ -146,9 +176,13 @@ _EXPORTED = {"type": "object", "properties": {"partialSuccess": _PARTS}}
 _STATUS = {"type": "object", "properties": {"message": TEXT}}
 
 
-def _description(summary: str, operation: str, request: str, path: str) -> dict[str, Any]:
+def _description(summary: str, operation: str, request: str, example: Mapping[str, Any]) -> dict[str, Any]:
     types = (PROTOBUF, JSON)
-    schema = {"type": "object", "properties": {path: {"type": "array", "items": {"type": "object"}}}}
+    records = {"type": "array", "items": {"type": "object"}}
+    described_json = {
+        "schema": {"type": "object", "properties": dict.fromkeys(example, records)},
+        "examples": {"one record": {"value": example}},
+    }
     refusals = {
         status: inline(f"{refusal['description']} (google.rpc.Status)", _STATUS, types)
         for status, refusal in REFUSALS.items()
@@ -160,7 +194,7 @@ def _description(summary: str, operation: str, request: str, path: str) -> dict[
         "ignored; those that are, but cannot be stored, are counted and explained in partialSuccess. For an exporter: "
         "OTEL_EXPORTER_OTLP_PROTOCOL=http/protobuf and OTEL_EXPORTER_OTLP_HEADERS=Authorization=Bearer%20KEY.",
         operation,
-        {PROTOBUF: {"schema": {"type": "string", "format": "binary"}}, JSON: {"schema": schema}},
+        {PROTOBUF: {"schema": {"type": "string", "format": "binary"}}, JSON: described_json},
         {"200": inline("Stored but for what partialSuccess names", _EXPORTED, types), **refusals}
         | {"415": REFUSALS["415"]},
     )
@@ -168,15 +202,15 @@ def _description(summary: str, operation: str, request: str, path: str) -> dict[
 
 OPENAPI = {
     "/v1/traces": _description(
-        "Record spans of model calls (OTLP)", "otlp_traces", "ExportTraceServiceRequest", "resourceSpans"
+        "Record spans of model calls (OTLP)", "otlp_traces", "ExportTraceServiceRequest", _SPANS
     ),
     "/v1/logs": _description(
-        "Record evaluation events (OTLP)", "otlp_logs", "ExportLogsServiceRequest", "resourceLogs"
+        "Record evaluation events (OTLP)", "otlp_logs", "ExportLogsServiceRequest", _RECORDS
     ),
     "/api/public/otel/v1/traces": _description(
         "Record spans, where Langfuse's SDKs send them",
         "langfuse_traces",
         "ExportTraceServiceRequest",
-        "resourceSpans",
+        _SPANS,
     ),
 }

@@ -20,6 +20,7 @@ from feedback.pages.views import call_route, page, page_route, require_admin
 from feedback.review.estimates import Estimate, control_estimate, has_estimate
 from feedback.review.queues import (
     MAX_LEASE_SECONDS,
+    MAX_WINDOW_DAYS,
     NoSuchQueue,
     Queue,
     QueueStatus,
@@ -78,6 +79,7 @@ class NewQueue(msgspec.Struct, forbid_unknown_fields=True):
     blind: bool = False
     lease_minutes: float = 10
     control_percent: float = 2
+    window_days: int = 30
 
 
 class OfQueue(msgspec.Struct, forbid_unknown_fields=True):
@@ -133,7 +135,7 @@ def routes(service: Service, sessions: Sessions) -> list[Route]:
 
     async def show_new(_: Request, person: Person) -> Response:
         require_admin(person)
-        return page("new_queue.html", person, kinds=QUESTION_KINDS)
+        return page("new_queue.html", person, kinds=QUESTION_KINDS, max_window_days=MAX_WINDOW_DAYS)
 
     async def show_rules(request: Request, person: Person) -> Response:
         queue = await queue_of(service, person, request.path_params["queue_id"])
@@ -157,6 +159,7 @@ def routes(service: Service, sessions: Sessions) -> list[Route]:
             blind=new.blind,
             lease_seconds=seconds,
             control_rate=new.control_percent / 100,
+            window_days=new.window_days,
         )
         return {"queue_id": queue.queue_id}
 

@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from feedback.log import fetch
 from feedback.pages.queues import queue_of
 from feedback.pages.session import Person, Sessions
 from feedback.pages.views import aside, call_route, fragment, page, page_route
@@ -25,6 +26,8 @@ from feedback.review.submissions import SkipMode, flag, skip, submit
 from feedback.service import Service
 
 TITLE_LENGTH = 80
+# Answered items that the page shows again after a reload.
+REMEMBERED = 20
 FLAGS = ("personal data", "unsafe", "broken", "other")
 
 
@@ -69,7 +72,8 @@ class Decided(OfItem):
 def routes(service: Service, sessions: Sessions) -> list[Route]:
     async def show_review(request: Request, person: Person) -> Response:
         queue = await queue_of(service, person, request.path_params["queue_id"])
-        return page("review.html", person, queue=queue, flags=FLAGS)
+        answered = await _answered(service, person, queue.queue_id)
+        return page("review.html", person, queue=queue, flags=FLAGS, answered=answered)
 
     async def show_adjudication(request: Request, person: Person) -> Response:
         queue = await queue_of(service, person, request.path_params["queue_id"])
@@ -164,6 +168,27 @@ def _item(work: Assignment) -> dict[str, Any]:
     }
 
 
+async def _answered(service: Service, person: Person, queue_id: UUID) -> list[dict[str, Any]]:
+    """The items that this person answered last, oldest first, as the page's list of items holds them."""
+    # Of long conversations only the start of what was asked last leaves the database.
+    rows = await fetch(
+        service.review,
+        "SELECT r.item_id, (SELECT left(m ->> 'content', $4)"
+        " FROM jsonb_array_elements(x.messages) WITH ORDINALITY AS listed (m, place)"
+        " ORDER BY m ->> 'role' = 'user' DESC, place DESC LIMIT 1) AS asked"
+        " FROM feedback.review_response AS r JOIN feedback.review_item AS i ON i.item_id = r.item_id"
+        " JOIN feedback.interaction AS x ON x.interaction_id = i.interaction_id"
+        " WHERE i.queue_id = $1 AND r.reviewer = $2 AND r.slot > 0 ORDER BY r.submitted_at DESC LIMIT $3",
+        queue_id,
+        person.reviewer.name,
+        REMEMBERED,
+        10 * TITLE_LENGTH,
+    )
+    return [
+        {"id": row["item_id"], "title": _short(row["asked"] or ""), "state": "done"} for row in reversed(rows)
+    ]
+
+
 def _lease(lease: Lease) -> dict[str, Any]:
     """The lease, and how long it still holds by this clock: the browser's may be wrong."""
     return {"lease": lease, "seconds_left": (lease.expires_at - datetime.now(UTC)).total_seconds()}
@@ -172,5 +197,9 @@ def _lease(lease: Lease) -> dict[str, Any]:
 def title(interaction: Mapping[str, Any]) -> str:
     """An item in one line: the start of the last thing that was asked."""
     asked = [message["content"] for message in interaction["messages"] if message["role"] == "user"]
-    words = " ".join((asked or [interaction["messages"][-1]["content"]])[-1].split())
+    return _short((asked or [interaction["messages"][-1]["content"]])[-1])
+
+
+def _short(text: str) -> str:
+    words = " ".join(text.split())
     return words if len(words) <= TITLE_LENGTH else words[: TITLE_LENGTH - 1].rstrip() + "…"

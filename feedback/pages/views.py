@@ -8,7 +8,7 @@ import asyncio
 import functools
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +50,9 @@ HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
 }
 
+# What a reader sees of a signal; nothing else tells two of them apart on the page.
+_SIGNAL = ("label", "score", "name", "reasons", "explanation", "annotator_kind", "author_role", "correction")
+
 _MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
 
 # What the functions behind the pages refuse, and how that is said over HTTP.
@@ -86,6 +89,15 @@ def figure(value: Any) -> str:
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
+def counted(feedback: Iterable[Mapping[str, Any]]) -> list[tuple[Mapping[str, Any], int]]:
+    """What was said, each with how often: signals that say the same of the same are one entry, at the first's place."""
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for number, one in enumerate(feedback):
+        said = tuple(str(one[name]) for name in _SIGNAL) if one["kind"] == "implicit" else number
+        groups.setdefault(said, []).append(one)
+    return [(group[0], len(group)) for group in groups.values()]
+
+
 _templates = jinja2.Environment(
     loader=jinja2.FileSystemLoader(HERE / "templates"),
     autoescape=True,
@@ -101,6 +113,7 @@ _templates.filters |= {
     "answering": lambda responses, name: [one for one in responses if name in one.answers],
     "called": lambda name, names: names[name].lower(),
     "figure": figure,
+    "counted": counted,
 }
 _templates.globals["rule_name"] = lambda kind: str(kind).replace("_", " ").capitalize()
 

@@ -5,7 +5,9 @@ const MESSAGES = {
   en: {
     rate: "Rate this answer", up: "Good answer", down: "Bad answer", correct: "Show the right answer",
     flag: "Flag this answer", why: "What was wrong?", note: "Anything to add?", answer: "The right answer",
-    unchanged: "Nothing changed yet, so no answer is sent", changes: "Your changes", send: "Send", close: "Not now",
+    unchanged: "Nothing changed yet, so no answer is sent",
+    sent: "This is the answer you sent", corrected: "Corrected",
+    changes: "Your changes", send: "Send", close: "Not now",
     required: "Choose a reason or add a note", thanks: "Thank you", removed: "Taken back", flagged: "Flagged",
     unsent: "Not sent yet", refused: "This could not be saved", not_factual: "Not factual",
     instructions_not_followed: "Didn’t follow instructions", too_long: "Too long", unsafe: "Unsafe",
@@ -14,7 +16,9 @@ const MESSAGES = {
   de: {
     rate: "Antwort bewerten", up: "Gute Antwort", down: "Schlechte Antwort", correct: "Richtige Antwort zeigen",
     flag: "Antwort melden", why: "Was war falsch?", note: "Noch etwas?", answer: "Richtige Antwort",
-    unchanged: "Nichts geändert, also nichts zu senden", changes: "Änderungen", send: "Senden", close: "Nicht jetzt",
+    unchanged: "Nichts geändert, also nichts zu senden",
+    sent: "Das ist Ihre gesendete Antwort", corrected: "Korrigiert",
+    changes: "Änderungen", send: "Senden", close: "Nicht jetzt",
     required: "Bitte Grund oder Notiz angeben", thanks: "Danke", removed: "Zurückgenommen", flagged: "Gemeldet",
     unsent: "Noch nicht gesendet", refused: "Nicht gespeichert", not_factual: "Sachlich falsch",
     instructions_not_followed: "Anweisung nicht befolgt", too_long: "Zu lang", unsafe: "Bedenklich",
@@ -443,6 +447,7 @@ class DatamoatFeedback extends HTMLElement {
     for (const one of this.#row.querySelectorAll("[data-kind]")) {
       const state = this.#state(one.dataset.kind);
       one.setAttribute("aria-pressed", !!state && String(state.score ?? "") === (one.dataset.score ?? ""));
+      if (one.className === "correct") one.title = this.#text(state ? "corrected" : "correct");
     }
     this.#badge.textContent = outbox.unsent(this.node) ? this.#text("unsent") : "";
   }
@@ -499,8 +504,8 @@ class DatamoatFeedback extends HTMLElement {
       .filter(([name, kind]) => this.#may(kind) && (name !== "correct" || this.#output != null || this.#target()))
       .map(([name, kind, click, score]) => {
         const label = this.#text(name);
-        const state = name === "correct" ? {} : { "data-kind": kind, "data-score": score };
-        return button({ class: name, "aria-label": label, title: label, click, ...state }, icon(name));
+        const judged = { "data-kind": kind, "data-score": score };
+        return button({ class: name, "aria-label": label, title: label, click, ...judged }, icon(name));
       });
   }
 
@@ -631,7 +636,8 @@ class DatamoatFeedback extends HTMLElement {
     const vote = this.#state("thumb");
     const asked = vote?.score === 0;
     const original = this.output;
-    const before = this.#state("correction")?.correction ?? original;
+    const sent = this.#state("correction")?.correction;
+    const before = sent ?? original;
     const chosen = new Set(vote?.reasons);
 
     const chips = (this.getAttribute("reasons") || REASONS).split(",").map((reason) => {
@@ -672,7 +678,7 @@ class DatamoatFeedback extends HTMLElement {
       send.setAttribute("aria-disabled", missing());
     };
     const show = () => {
-      hint.textContent = corrected() ? "" : text("unchanged");
+      hint.textContent = corrected() ? "" : text(sent && same(answer.value, sent) ? "sent" : "unchanged");
       changes.hidden = !original || same(answer.value, original);
       if (!changes.hidden)
         changes.replaceChildren(...diff(original, answer.value).flatMap(([sign, part]) => {

@@ -231,12 +231,16 @@ def test_a_reload_shows_what_was_said(host: Host) -> None:
     host.page.reload()
     pressed(bad(element))
     pressed(element.get_by_role("button", name="Flag this answer"))
-    element.get_by_role("button", name="Show the right answer").click()
+    pencil = element.get_by_role("button", name="Show the right answer")
+    pressed(pencil)
+    expect(pencil).to_have_attribute("title", "Corrected")
+    pencil.click()
     pressed(element.get_by_role("button", name="Too long"))
     expect(element.get_by_role("textbox", name="Anything to add?")).to_have_value(
         "Shops no longer take parcels."
     )
     expect(element.get_by_role("textbox", name="The right answer")).to_have_value("Order a courier.")
+    expect(element.get_by_text("This is the answer you sent")).to_be_visible()
     # Another person's browser shows nothing of it.
     other = host.show(token=host.token("bo"))
     host.page.wait_for_load_state("networkidle")
@@ -347,6 +351,7 @@ def test_a_correction_shows_its_changes_and_an_untouched_one_is_not_sent(host: H
     (row,) = host.stored(1, "correction")
     assert row["correction"] == "Print the label in your account and give the parcel to a courier."
     assert (row["op"], row["score"]) == ("create", None)
+    pressed(correct)
 
     # The same once more says nothing new; going back to the original takes the correction back.
     for text, ops in ((row["correction"], ["create"]), (OUTPUT, ["create", "retract"])):
@@ -355,6 +360,8 @@ def test_a_correction_shows_its_changes_and_an_untouched_one_is_not_sent(host: H
         element.get_by_role("button", name="Send").click()
         expect(panel(element)).to_be_hidden()
         assert [row["op"] for row in host.stored(len(ops), "correction")] == ops
+    pressed(correct, False)
+    expect(correct).to_have_attribute("title", "Show the right answer")
 
 
 def test_the_shown_changes_lead_from_one_text_to_the_other(host: Host) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,10 @@ from starlette.routing import Route
 
 import feedback
 from feedback import openapi
+from feedback.admin import NewKey
 from feedback.app import create_app
+from feedback.compat.shared import encoded
+from feedback.formats import Item, chatlog, langfuse, otlp
 from feedback.front import Front
 from feedback.payloads import parse_event, parse_interaction
 
@@ -77,6 +81,66 @@ def test_the_examples_are_valid() -> None:
         assert (
             parse_event(json.dumps(example).encode()).interaction_id == openapi.INTERACTION["interaction_id"]
         )
+
+
+def _scores(batch: Any) -> Iterator[Item]:
+    for event in batch["batch"]:
+        assert event["type"] == "score-create"
+        yield from langfuse.to_items(event["body"])
+
+
+@pytest.mark.parametrize(
+    ("path", "to_items", "kind"),
+    [
+        ("/v1/traces", otlp.to_items, "interaction"),
+        ("/api/public/otel/v1/traces", otlp.to_items, "interaction"),
+        ("/v1/logs", otlp.to_items, "feedback"),
+        ("/api/public/scores", langfuse.to_items, "feedback"),
+        ("/api/public/ingestion", _scores, "feedback"),
+        ("/v1/chatlogs", chatlog.to_items, "interaction"),
+    ],
+)
+def test_the_examples_of_other_formats_can_be_stored(
+    document: dict[str, Any], path: str, to_items: Callable[[Any], Iterator[Item]], kind: str
+) -> None:
+    examples = _examples(document, path)
+    assert examples
+    for example in examples:
+        items = list(to_items(example))
+        assert [item.kind for item in items] == [kind]
+        for item in items:
+            body = encoded(item.body)
+            assert parse_interaction(body) if kind == "interaction" else parse_event(body)
+
+
+def test_the_judgement_in_the_examples_is_about_their_span(document: dict[str, Any]) -> None:
+    said, judged, scored = (
+        next(to_items(_examples(document, path)[0])).body["interaction_id"]
+        for path, to_items in (
+            ("/v1/traces", otlp.to_items),
+            ("/v1/logs", otlp.to_items),
+            ("/api/public/scores", langfuse.to_items),
+        )
+    )
+    assert said == judged == scored
+
+
+def test_the_examples_of_new_keys_are_valid(document: dict[str, Any]) -> None:
+    examples = _examples(document, "/v1/admin/keys")
+    assert [NewKey.model_validate(example).scopes for example in examples] == [["ingest"], ["review"]]
+
+
+def _examples(document: dict[str, Any], path: str) -> list[Any]:
+    """The examples of what may be posted to ``path``, of all media types."""
+    content = document["paths"][path]["post"]["requestBody"]["content"].values()
+    return [example["value"] for media in content for example in media.get("examples", {}).values()]
+
+
+def test_who_may_be_refused_as_unknown_has_to_say_who_they_are(document: dict[str, Any]) -> None:
+    operations = [one for methods in document["paths"].values() for one in methods.values()]
+    assert all(("401" in one["responses"]) == bool(one.get("security")) for one in operations)
+    assert document["paths"]["/v1/admin/keys"]["get"]["security"]
+    assert "security" not in document["paths"]["/healthz"]["get"]
 
 
 def test_the_docs_page_loads_nothing_from_elsewhere() -> None:

@@ -70,6 +70,7 @@ form.addEventListener("submit", async (event) => {
       blind: field("blind").checked,
       lease_minutes: field("lease_minutes").valueAsNumber,
       control_percent: field("control_percent").valueAsNumber,
+      window_days: field("window_days").valueAsNumber,
       rubric: rubric(),
     });
     location.assign(`/review/${queue_id}/rules`);

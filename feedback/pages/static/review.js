@@ -26,6 +26,8 @@ let counts = { done: 0, total: 0 };
 let moved = false; // whether the person did anything since the lease was extended
 let past = null; // the item of the rail that is looked at instead of the one in hand
 const items = store.items(queue);
+// What this tab does not remember, the service does: the last ones that this person answered.
+items.unshift(...JSON.parse(page.dataset.answered).filter(({ id }) => !items.some((one) => one.id === id)));
 
 const later = (delay, act) => {
   let timer;

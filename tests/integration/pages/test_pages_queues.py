@@ -23,6 +23,9 @@ def test_a_queue_is_made_filled_and_closed(site: Site, tabs: Tabs, picture: Pict
     page.get_by_label("Name").first.fill("Pumps")
     page.get_by_label("What reviewers should know").fill("Pumps only")
     page.get_by_label("Reviewers per item").fill("2")
+    look_back = page.get_by_label("Look back (days)")
+    assert [look_back.get_attribute(name) for name in ("value", "min", "max")] == ["30", "1", "3660"]
+    look_back.fill("90")
     page.get_by_label("Blind").check()
     page.get_by_label("Options").first.fill("right, right")
     picture(page, "new-queue")
@@ -34,7 +37,7 @@ def test_a_queue_is_made_filled_and_closed(site: Site, tabs: Tabs, picture: Pict
     page.get_by_role("button", name="Create queue").click()
     expect(page.get_by_role("heading", name="Pumps")).to_be_visible()
     expect(page.locator("#rules")).to_contain_text(
-        "2 reviewers per item, blind · 10 minutes per item · 2 % control"
+        "2 reviewers per item, blind · 10 minutes per item · 2 % control sample · looks back 90 days"
     )
     expect(page.locator("#rules")).to_contain_text("No rules: only the control sample")
 

@@ -100,6 +100,32 @@ def test_items_are_looked_back_at(site: Site, tabs: Tabs) -> None:
     assert len(site.said()) == 1
 
 
+def test_another_tab_shows_what_was_answered_before(site: Site, tabs: Tabs) -> None:
+    queue = site.queue(OIL, HEAT, JSON)
+    page = begin(tabs, queue, output=OIL[1])
+    press(page, "3", "Control+Enter")
+    working(page, "Yes, up to 50 °C.")
+    press(page, "1", "Control+Enter")
+    expect(page.locator("#items button")).to_have_count(3)
+    page = begin(tabs, queue)
+    assert states(page) == ["done", "done", "current"]
+    assert page.locator("#items .title").all_inner_texts() == [OIL[0], HEAT[0], JSON[0]]
+    press(page, "ArrowLeft", "ArrowLeft")
+    expect(page.locator("#past .given")).to_contain_text("right")
+    # Somebody else has answered nothing yet.
+    assert states(begin(tabs, site.queue(OIL), "Jon")) == ["current"]
+
+
+def test_signals_that_say_the_same_are_one_line(site: Site, tabs: Tabs) -> None:
+    queue = site.queue(OIL)
+    signal = {"kind": "implicit", "interaction_id": f"{site.app}-0"}
+    site.send("/v1/feedback", *[signal | {"label": label} for label in ("shown", "copied", "shown", "shown")])
+    page = begin(tabs, queue)
+    said = page.locator(".opinions li > .badge:first-child").all_inner_texts()
+    assert sorted(said) == ["flag wrong", "implicit copied", "implicit shown ×3"]
+    expect(page.locator("#preview")).to_have_text("Nothing yet")
+
+
 def test_keys_are_off_while_typing_and_while_a_dialog_is_open(
     site: Site, tabs: Tabs, picture: Picture
 ) -> None:
@@ -273,6 +299,7 @@ def test_skipping_says_why(
     page = begin(tabs, site.queue(OIL))
     press(page, "ArrowRight")
     dialog = page.get_by_role("dialog")
+    expect(dialog.get_by_label("Why?")).to_be_focused()
     dialog.get_by_label(label).check()
     dialog.get_by_role("button", name="Skip").click()
     expect(dialog).to_be_visible()
