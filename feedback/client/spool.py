@@ -12,16 +12,16 @@ make the repeats harmless. Where a segment is damaged, it goes on with the next 
 import fcntl
 import logging
 import os
+import secrets
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-from feedback.ids import uuid7
 
 MAGIC = b"datamoat-spool-1\n"
 SEGMENT_BYTES = 8 * 1024 * 1024
@@ -278,7 +278,8 @@ class Spool:
 
     def _create(self) -> _Segment:
         with self._folder_lock() as folder_fd:
-            path = self.folder / f"{uuid7()}{_SUFFIX}"
+            # Names sort by age, also of segments that begin within one millisecond.
+            path = self.folder / f"{time.time_ns():020d}-{secrets.token_hex(8)}{_SUFFIX}"
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
