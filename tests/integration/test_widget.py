@@ -300,7 +300,7 @@ def test_reasons_and_a_note_revise_the_vote(host: Host) -> None:
     element = host.show('reasons="too_long, tone=Wrong tone, not_in_scope"')
     bad(element).click()
     chips = element.get_by_role("group", name="What was wrong?").get_by_role("button")
-    assert chips.all_inner_texts() == ["Too long", "Wrong tone", "not in scope"]
+    expect(chips).to_have_text(["Too long", "Wrong tone", "not in scope"])
     chips.nth(0).click()
     chips.nth(1).click()
     chips.nth(0).click()
@@ -343,8 +343,8 @@ def test_a_correction_shows_its_changes_and_an_untouched_one_is_not_sent(host: H
     answer.fill("Print the label in your account and give the parcel to a courier.")
     changes = element.get_by_role("region", name="Your changes")
     expect(changes.locator("ins").first).to_have_text("give")
-    assert changes.locator("del").all_inner_texts() == ["drop", "at any shop."]
-    assert changes.locator("ins").all_inner_texts() == ["give", "to a courier."]
+    expect(changes.locator("del")).to_have_text(["drop", "at any shop."])
+    expect(changes.locator("ins")).to_have_text(["give", "to a courier."])
     host.picture("correction")
     answer.press("Control+Enter")
     expect(panel(element)).to_be_hidden()
@@ -551,7 +551,7 @@ def test_implicit_signals_are_recorded(host: Host) -> None:
 def test_a_token_decides_what_is_offered(host: Host) -> None:
     element = host.show(token=host.token(kinds=["thumb"]))
     expect(good(element)).to_be_visible()
-    assert element.get_by_role("button").count() == 2
+    expect(element.get_by_role("button")).to_have_count(2)
     good(element).click()
     host.stored(1, "thumb")
     assert host.rows("implicit") == []

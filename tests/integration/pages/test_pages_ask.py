@@ -45,7 +45,7 @@ def test_a_question_finds_passages_and_is_recorded(site: Site, tabs: Tabs, pictu
         "aria-pressed", "true"
     )
     reasons = page.locator(".passage").last.get_by_role("group", name="What was wrong?").get_by_role("button")
-    assert reasons.all_inner_texts() == ["Off topic", "Does not answer it", "Outdated", "Other"]
+    expect(reasons).to_have_text(["Off topic", "Does not answer it", "Outdated", "Other"])
     page.get_by_label("Do you know a better answer?").fill("Seals are never covered.")
     page.get_by_role("button", name="Save the better answer").click()
     expect(page.locator("#saved")).to_have_text("Saved. Thank you.")

@@ -109,7 +109,7 @@ def test_another_tab_shows_what_was_answered_before(site: Site, tabs: Tabs) -> N
     expect(page.locator("#items button")).to_have_count(3)
     page = begin(tabs, queue)
     assert states(page) == ["done", "done", "current"]
-    assert page.locator("#items .title").all_inner_texts() == [OIL[0], HEAT[0], JSON[0]]
+    expect(page.locator("#items .title")).to_have_text([OIL[0], HEAT[0], JSON[0]])
     press(page, "ArrowLeft", "ArrowLeft")
     expect(page.locator("#past .given")).to_contain_text("right")
     # Somebody else has answered nothing yet.
