@@ -97,14 +97,10 @@ class Access:
             known = await self._look_up(key)
         wait = known.bucket.wait() if known.bucket else 0.0
         if wait:
-            raise Refused(
-                429,
-                Error(
-                    "too_many_requests",
-                    "The API key sends more requests than it may",
-                    remedy="Wait for the seconds in Retry-After, send arrays, or have the key's rate raised",
-                ),
-                {"Retry-After": str(max(1, round(min(wait, LONGEST_WAIT_SECONDS))))},
+            raise too_often(
+                wait,
+                "The API key sends more requests than it may",
+                "Wait for the seconds in Retry-After, send arrays, or have the key's rate raised",
             )
         return known.caller
 
@@ -154,6 +150,12 @@ class Access:
         )
         self._known[key] = known
         return known
+
+
+def too_often(wait: float, message: str, remedy: str) -> Refused:
+    """What is answered when a bucket asks for ``wait`` seconds."""
+    seconds = max(1, round(min(wait, LONGEST_WAIT_SECONDS)))
+    return Refused(429, Error("too_many_requests", message, remedy=remedy), {"Retry-After": str(seconds)})
 
 
 def unauthorized(message: str) -> Refused:

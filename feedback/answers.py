@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from feedback.payloads import AnnotatorKind, Kind, Op
+from feedback.payloads import AnnotatorKind, Kind, Op, PayloadError
 
 
 class Error(msgspec.Struct, omit_defaults=True):
@@ -19,6 +19,11 @@ class Error(msgspec.Struct, omit_defaults=True):
     message: str
     field: str | None = None
     remedy: str | None = None
+
+
+def error_of(error: PayloadError) -> Error:
+    """What is answered about an item that cannot be accepted."""
+    return Error(error.code, error.message, field=error.field, remedy=error.remedy)
 
 
 class ErrorBody(msgspec.Struct):

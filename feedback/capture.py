@@ -19,8 +19,8 @@ from starlette.routing import Route
 
 from feedback import log, metrics, openapi, tokens
 from feedback.access import Caller, bearer
-from feedback.answers import BatchResult, Error, ErrorBody, ItemResult
-from feedback.http import Refused, answer, read_body
+from feedback.answers import BatchResult, Error, ErrorBody, ItemResult, error_of
+from feedback.http import answer, read_body, unreadable
 from feedback.ids import pseudonym, uuid7
 from feedback.payloads import (
     PayloadError,
@@ -31,8 +31,6 @@ from feedback.payloads import (
     split,
 )
 from feedback.service import Service
-
-MAX_ITEMS = 1000
 
 
 class Accepted(NamedTuple):
@@ -206,9 +204,9 @@ def _endpoint(service: Service, kind: Kind) -> Callable[[Request], Awaitable[Res
             sent = kind
         body = await read_body(request, gzip=True)
         try:
-            parts, single = split(body, MAX_ITEMS)
+            parts, single = split(body)
         except PayloadError as error:
-            raise Refused(413 if error.code == "too_many_items" else 400, error_of(error)) from None
+            raise unreadable(error) from None
         results = await accept(service, caller, sent, parts)
         return _answer_single(results[0]) if single else _answer_batch(results)
 
@@ -241,10 +239,6 @@ def _stored(item: Accepted, outcome: log.Outcome) -> ItemResult:
             remedy="The log is append-only: use a new id (feedback: a new event_id with op revise)",
         )
     return ItemResult(item.id, outcome.status, feedback_id=item.feedback_id, error=error)
-
-
-def error_of(error: PayloadError) -> Error:
-    return Error(error.code, error.message, field=error.field, remedy=error.remedy)
 
 
 def _answer_single(result: ItemResult) -> Response:

@@ -17,8 +17,9 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from feedback.answers import Error, ErrorBody
+from feedback.answers import Error, ErrorBody, error_of
 from feedback.log import Overloaded, Unavailable
+from feedback.payloads import PayloadError
 
 MAX_BODY_BYTES = 8 * 1024 * 1024
 BODY_SECONDS = 30.0
@@ -47,6 +48,11 @@ def forbidden(message: str, remedy: str) -> Refused:
 
 def not_found(message: str, remedy: str) -> Refused:
     return Refused(404, Error("not_found", message, remedy=remedy))
+
+
+def unreadable(error: PayloadError) -> Refused:
+    """What is answered when a whole body cannot be cut into items."""
+    return Refused(413 if error.code == "too_many_items" else 400, error_of(error))
 
 
 def too_large(most: int = MAX_BODY_BYTES) -> Refused:

@@ -34,9 +34,8 @@ FIRST_YEAR, LAST_YEAR = 2000, 2099
 # Ids, names and labels are passed on as they are, so they may not hold what only redacted texts may: an e-mail
 # address anywhere, and in labels seven digits in a row, as telephone numbers have.
 Short = Annotated[str, Meta(min_length=1, max_length=200, pattern=r"^[^@\x00]*$")]
-Label = Annotated[
-    str, Meta(min_length=1, max_length=200, pattern=r"^(?![\s\S]*\d(?:[\s().+/-]?\d){6})[^@\x00]*$")
-]
+LABEL_PATTERN = r"^(?![\s\S]*\d(?:[\s().+/-]?\d){6})[^@\x00]*$"
+Label = Annotated[str, Meta(min_length=1, max_length=200, pattern=LABEL_PATTERN)]
 PersonId = Annotated[str, Meta(min_length=1, max_length=500)]
 Text = Annotated[str, Meta(max_length=1_000_000)]
 FilledText = Annotated[str, Meta(min_length=1, max_length=1_000_000)]
@@ -245,10 +244,10 @@ def body_sha256(item: Interaction | FeedbackEvent, person_ref: str | None) -> st
     return hashlib.sha256(_canonical.encode(canonical)).hexdigest()
 
 
-def split(body: bytes, most: int = MAX_ITEMS) -> tuple[list[bytes], bool]:
+def split(body: bytes) -> tuple[list[bytes], bool]:
     """Cut a request body into the JSON of its items; the flag says whether it was one object, not an array.
 
-    More than ``most`` items (at most 1,000) are refused while they are counted, before they cost memory.
+    More than 1,000 items are refused while they are counted, before they cost memory.
 
     An item that is not JSON in the strict sense (NaN, a lone surrogate) is cut out like the others, so that it
     fails alone when it is parsed. Raises PayloadError, with the position, if the body cannot be cut at all.
@@ -267,23 +266,21 @@ def split(body: bytes, most: int = MAX_ITEMS) -> tuple[list[bytes], bool]:
             return [body], True
         cut = _raw_items.decode(body)
     except msgspec.ValidationError:
-        raise _too_many(most) from None
+        raise _too_many() from None
     except (msgspec.DecodeError, RecursionError):
         items = _lenient(body)
-        if not single and len(items) > most:
-            raise _too_many(most) from None
+        if not single and len(items) > MAX_ITEMS:
+            raise _too_many() from None
         return [json.dumps(item).encode() for item in ([items] if single else items)], single
 
-    if len(cut) > most:
-        raise _too_many(most)
     return [bytes(item) for item in cut], False
 
 
-def _too_many(most: int) -> PayloadError:
+def _too_many() -> PayloadError:
     return PayloadError(
-        f"The array has more than {most} items",
+        f"The array has more than {MAX_ITEMS} items",
         code="too_many_items",
-        remedy=f"Send at most {most} items per request",
+        remedy=f"Send at most {MAX_ITEMS} items per request",
     )
 
 

@@ -8,9 +8,6 @@ whoever holds the pseudonym key can mint and verify. Every id that a bearer send
 follows from the answer and the author; so a page can add to, revise or retract its own feedback and nobody else's.
 """
 
-import base64
-import hashlib
-import hmac
 import secrets
 import time
 import typing
@@ -23,18 +20,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from feedback import openapi
-from feedback.access import Bucket, Caller
+from feedback import openapi, signing
+from feedback.access import Bucket, Caller, too_often
 from feedback.answers import Error, Token
-from feedback.http import Refused, answer, read_body
+from feedback.http import Refused, answer, read_body, unreadable
 from feedback.ids import pseudonym
-from feedback.payloads import FeedbackEvent, Kind, PayloadError, PersonId, Short, split
+from feedback.payloads import MAX_ITEMS, FeedbackEvent, Kind, PayloadError, PersonId, Short, split
 from feedback.service import Service
 
 PREFIX = "dmt_"
 # Claims at their largest (two ids and an app of 200 characters, four bytes each) need 3.6 kB.
 MAX_TOKEN_LENGTH = 4096
-MAX_TOKENS = 1000
 DAY_SECONDS = 86_400
 NODE_LENGTH = 12
 # Of one author on one answer, in each worker process: more than a person does, less than a script wants.
@@ -99,26 +95,23 @@ def mint(pseudonym_key: bytes, caller: Caller, wanted: TokenRequest, now: float 
         api_key_id=caller.key_id,
         kinds=tuple(sorted(set(wanted.kinds or typing.get_args(Kind)))),
         expires_at=int(time.time() if now is None else now) + wanted.expires_in,
-        node=_hmac(key, b"node:" + msgspec.json.encode(about)).hex()[:NODE_LENGTH],
+        node=signing.digest(key, b"node:" + msgspec.json.encode(about)).hex()[:NODE_LENGTH],
         session_id=wanted.session_id,
         author_ref=author_ref,
     )
-    body = _base64url(msgspec.json.encode(claims))
-    return Token(
-        claims.interaction_id, f"{PREFIX}{body}.{_base64url(_hmac(key, body.encode()))}", claims.expires_at
-    )
+    token = PREFIX + signing.sign(key, msgspec.json.encode(claims))
+    return Token(claims.interaction_id, token, claims.expires_at)
 
 
 def read(pseudonym_key: bytes, token: str, now: float | None = None) -> Claims:
     """The claims of a token that we signed and that has not expired. Raises Refused with 401."""
-    body, dot, signature = token.removeprefix(PREFIX).partition(".")
-    if not token.startswith(PREFIX) or not dot or len(token) > MAX_TOKEN_LENGTH:
+    if not token.startswith(PREFIX) or len(token) > MAX_TOKEN_LENGTH:
         raise _refused("invalid_token", "This is not a feedback token")
-    expected = _base64url(_hmac(_signing_key(pseudonym_key), body.encode("utf-8", "surrogateescape")))
-    if not hmac.compare_digest(expected.encode(), signature.encode("utf-8", "surrogateescape")):
+    payload = signing.opened(_signing_key(pseudonym_key), token.removeprefix(PREFIX))
+    if payload is None:
         raise _refused("invalid_token", "The feedback token was not signed by this service")
     try:
-        claims = _claims.decode(base64.urlsafe_b64decode(body + "=" * (-len(body) % 4)))
+        claims = _claims.decode(payload)
     except msgspec.DecodeError:
         raise _refused("invalid_token", "The feedback token is of another version of this service") from None
     if claims.expires_at <= (time.time() if now is None else now):
@@ -150,14 +143,10 @@ def _take(node: str) -> None:
         bucket = _buckets[node] = Bucket(REQUESTS_PER_SECOND, BURST)
     wait = bucket.wait()
     if wait:
-        raise Refused(
-            429,
-            Error(
-                "too_many_requests",
-                "The bearer of this feedback token sends more requests than a person would",
-                remedy="Wait for the seconds in Retry-After, and send arrays",
-            ),
-            {"Retry-After": str(max(1, round(wait)))},
+        raise too_often(
+            wait,
+            "The bearer of this feedback token sends more requests than a person would",
+            "Wait for the seconds in Retry-After, and send arrays",
         )
 
 
@@ -203,7 +192,7 @@ def schema_of(struct: type[msgspec.Struct]) -> dict[str, Any]:
 
 def _one_or_several(struct: type[msgspec.Struct]) -> dict[str, Any]:
     one = schema_of(struct)
-    return {"schema": {"oneOf": [one, {"type": "array", "items": one, "maxItems": MAX_TOKENS}]}}
+    return {"schema": {"oneOf": [one, {"type": "array", "items": one, "maxItems": MAX_ITEMS}]}}
 
 
 OPENAPI: dict[str, Any] = {
@@ -258,10 +247,9 @@ def routes(service: Service) -> list[Route]:
         caller = await service.access.caller(request, "ingest")
         body = await read_body(request)
         try:
-            items, single = split(body, MAX_TOKENS)
+            items, single = split(body)
         except PayloadError as error:
-            status = 413 if error.code == "too_many_items" else 400
-            raise Refused(status, Error(error.code, error.message, error.field, error.remedy)) from None
+            raise unreadable(error) from None
         tokens = [
             mint(service.pseudonym_key, caller, _request(item, "" if single else f"[{index}]"))
             for index, item in enumerate(items)
@@ -288,15 +276,7 @@ def _request(raw: bytes, path: str) -> TokenRequest:
 
 
 def _signing_key(pseudonym_key: bytes) -> bytes:
-    return _hmac(pseudonym_key, b"datamoat widget token")
-
-
-def _hmac(key: bytes, message: bytes) -> bytes:
-    return hmac.digest(key, message, hashlib.sha256)
-
-
-def _base64url(value: bytes) -> str:
-    return base64.urlsafe_b64encode(value).rstrip(b"=").decode()
+    return signing.key_for(pseudonym_key, b"datamoat widget token")
 
 
 def _ends_in(value: UUID, node: str) -> bool:

@@ -7,13 +7,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from feedback.answers import BatchResult, ItemResult
-from feedback.capture import MAX_ITEMS, error_of
+from feedback.answers import BatchResult, ItemResult, error_of
 from feedback.compat.shared import REFUSALS, Endpoint, authenticated, described, json_object, store, too_many
 from feedback.formats import Item, chatlog
 from feedback.http import answer, read_body
 from feedback.openapi import response
-from feedback.payloads import PayloadError
+from feedback.payloads import MAX_ITEMS, PayloadError
 from feedback.service import Service
 
 JSON_LINES = ("application/x-ndjson", "application/jsonl", "application/x-jsonlines")

@@ -13,8 +13,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from feedback.access import Caller
-from feedback.answers import Error
-from feedback.capture import MAX_ITEMS, error_of
+from feedback.answers import Error, error_of
 from feedback.compat.shared import (
     REFUSALS,
     TEXT,
@@ -30,7 +29,7 @@ from feedback.compat.upsert import upsert
 from feedback.formats import Item, given, langfuse
 from feedback.http import JSON, Refused, answer, read_body
 from feedback.ids import uuid7
-from feedback.payloads import PayloadError
+from feedback.payloads import MAX_ITEMS, PayloadError
 from feedback.service import Service
 
 

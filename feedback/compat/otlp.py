@@ -17,8 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from feedback.answers import Error
-from feedback.capture import error_of
+from feedback.answers import Error, error_of
 from feedback.compat.shared import (
     REFUSALS,
     TEXT,

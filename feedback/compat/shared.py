@@ -14,12 +14,12 @@ from starlette.responses import Response
 
 from feedback.access import Caller
 from feedback.answers import Error, ItemResult
-from feedback.capture import EVENTS, INTERACTIONS, MAX_ITEMS, accept
+from feedback.capture import EVENTS, INTERACTIONS, accept
 from feedback.formats import Item
 from feedback.formats.messages import MAX_DEPTH, too_deep
 from feedback.http import JSON, Refused, forbidden
 from feedback.openapi import response
-from feedback.payloads import PayloadError
+from feedback.payloads import MAX_ITEMS, PayloadError
 from feedback.service import Service
 
 PIECE_BYTES = 4 * 1024 * 1024

@@ -11,8 +11,7 @@ from typing import Any
 
 from feedback import log
 from feedback.access import Caller
-from feedback.answers import ItemResult
-from feedback.capture import error_of
+from feedback.answers import ItemResult, error_of
 from feedback.compat.shared import encoded, store
 from feedback.formats import Item, content_id
 from feedback.payloads import FeedbackEvent, PayloadError, parse_event

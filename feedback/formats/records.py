@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from feedback.formats import Item
-from feedback.payloads import PayloadError
+from feedback.payloads import LABEL_PATTERN, PayloadError
 
-_LABEL = re.compile(r"^(?!.*\d(?:[\s().+/-]?\d){6})[^@]{1,200}$")
+_LABEL = re.compile(LABEL_PATTERN)
+_LABEL_LENGTH = 200
 # Holds the names of fields that we would give back but that the record does not have.
 _ABSENT = "-"
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -99,7 +100,7 @@ def said(text: str | None) -> dict[str, str]:
     """A word or a sentence as ``label`` if it may be one (short, nothing personal in it), else as ``explanation``."""
     if not text:
         return {}
-    return {"label": text} if _LABEL.match(text) else {"explanation": text}
+    return {"label": text} if len(text) <= _LABEL_LENGTH and _LABEL.match(text) else {"explanation": text}
 
 
 def moment(value: Any) -> str | None:

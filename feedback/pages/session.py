@@ -7,10 +7,6 @@ Belongs here: the cookie, the proof that a request comes from our own page, the 
 Does not belong here: what a page shows (the other modules), API keys on the API (``feedback.access``).
 """
 
-import base64
-import binascii
-import hashlib
-import hmac
 import secrets
 import time
 from dataclasses import dataclass, field
@@ -20,6 +16,7 @@ import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
+from feedback import signing
 from feedback.access import Bucket, Caller
 from feedback.answers import Error
 from feedback.http import Refused, forbidden
@@ -106,12 +103,11 @@ class Sessions:
     def remember(self, request: Request, response: Response, person: Person) -> None:
         """Put the signed cookie on ``response``."""
         claims = Claims(person.caller.key_id, person.session_id, int(time.time()) + SESSION_SECONDS)
-        payload = _encode(msgspec.json.encode(claims))
         # Behind a proxy only the browser knows that it speaks TLS; it says so in Origin.
         secure = request.url.scheme == "https" or request.headers.get("origin", "").startswith("https://")
         response.set_cookie(
             COOKIE,
-            f"{payload}.{self._signature(payload)}",
+            signing.sign(self._key, msgspec.json.encode(claims)),
             max_age=SESSION_SECONDS,
             httponly=True,
             samesite="strict",
@@ -136,19 +132,18 @@ class Sessions:
         return Person(caller, claims.session_id)
 
     def _claims(self, cookie: str) -> Claims | None:
-        payload, _, signature = cookie.partition(".")
-        expected = self._signature(payload)
-        if not hmac.compare_digest(expected.encode(), signature.encode("utf-8", "surrogateescape")):
+        payload = signing.opened(self._key, cookie)
+        if payload is None:
             return None
         try:
-            claims = msgspec.json.decode(_decode(payload), type=Claims)
-        except (msgspec.DecodeError, binascii.Error):
+            claims = msgspec.json.decode(payload, type=Claims)
+        except msgspec.DecodeError:
             return None
         return claims if claims.expires_at > time.time() and claims.session_id not in self._ended else None
 
-    def _signature(self, payload: str) -> str:
-        key = hmac.digest(self.service.pseudonym_key, b"datamoat page session", hashlib.sha256)
-        return _encode(hmac.digest(key, payload.encode("utf-8", "surrogateescape"), hashlib.sha256))
+    @property
+    def _key(self) -> bytes:
+        return signing.key_for(self.service.pseudonym_key, b"datamoat page session")
 
     def _count_failure(self, address: str) -> None:
         """Raises Refused with 429 after too many."""
@@ -182,11 +177,3 @@ def check_same_site(request: Request) -> None:
     raise forbidden(
         "The request does not come from a page of this service", "Open the page here and send it again"
     )
-
-
-def _encode(data: bytes) -> str:
-    return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
-
-
-def _decode(text: str) -> bytes:
-    return base64.urlsafe_b64decode(text + "=" * (-len(text) % 4))

@@ -17,11 +17,10 @@ from opentelemetry.proto.resource.v1.resource_pb2 import Resource
 from opentelemetry.proto.trace.v1.trace_pb2 import ResourceSpans, ScopeSpans, Span
 
 from feedback.answers import ItemResult
-from feedback.capture import MAX_ITEMS
 from feedback.compat import shared
 from feedback.formats import Item, otlp, semconv
 from feedback.formats.otlp_wire import MAX_RECORDS
-from feedback.payloads import PayloadError, parse_event, parse_interaction
+from feedback.payloads import MAX_ITEMS, PayloadError, parse_event, parse_interaction
 
 TRACE, SPAN, OTHER = "ab" * 16, "cd" * 8, "ef" * 8
 START = 1_760_000_000_000_000_000
