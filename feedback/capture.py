@@ -145,8 +145,6 @@ async def accept(service: Service, caller: Caller, kind: Kind, items: Sequence[b
     """
     now = datetime.now(UTC)
     prepared = [_prepared(item, kind, caller, service.pseudonym_key, now) for item in items]
-    if kind.log is log.EVENTS:
-        prepared = await _own(service, caller, prepared)
     accepted = [item for item in prepared if isinstance(item, Accepted)]
     writer = service.writers[kind.log]
     outcomes = iter(await writer.append([item.row for item in accepted], sum(map(len, items))))
@@ -161,29 +159,6 @@ def _items(log_name: str, status: str) -> prometheus_client.Counter:
     return metrics.ITEMS.labels(log_name, status)
 
 
-async def _own(
-    service: Service, caller: Caller, prepared: list[Accepted | ItemResult]
-) -> list[Accepted | ItemResult]:
-    """Refuse what would revise or retract another app's feedback: a feedback_id is its first sender's."""
-    named = {
-        item.feedback_id for item in prepared if isinstance(item, Accepted) and item.feedback_id != item.id
-    }
-    if not named:
-        return prepared
-    rows = await log.fetch(service.ingest, _FOREIGN, list(named), caller.app)
-    foreign = {row[0] for row in rows}
-    return [
-        ItemResult(item.id, "invalid", feedback_id=item.feedback_id, error=_NOT_YOURS)
-        if isinstance(item, Accepted) and item.feedback_id in foreign
-        else item
-        for item in prepared
-    ]
-
-
-_FOREIGN = (
-    "SELECT DISTINCT feedback_id::text FROM feedback.feedback_event"
-    " WHERE feedback_id = ANY($1::uuid[]) AND app <> $2"
-)
 _NOT_YOURS = Error(
     "forbidden",
     "The feedback_id belongs to another app",
@@ -225,6 +200,8 @@ def _prepared(
 def _stored(item: Accepted, outcome: log.Outcome) -> ItemResult:
     if outcome.status == "unknown":
         raise log.Unavailable(f"{item.id}: {outcome.reason}")
+    if outcome.status == "foreign":
+        return ItemResult(item.id, "invalid", feedback_id=item.feedback_id, error=_NOT_YOURS)
     error = None
     if outcome.status == "invalid":
         error = Error(

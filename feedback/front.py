@@ -22,7 +22,7 @@ from feedback.log import Unavailable
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
 # What other origins' pages may use: the API, Langfuse's part of it, and the element itself.
-_SHARED = ("/v1/", "/api/public/", "/widget/")
+SHARED = ("/v1/", "/api/public/", "/widget/")
 _LANGFUSE_HEADERS = ("Public-Key", "Sdk-Name", "Sdk-Version", "Sdk-Variant", "Sdk-Integration")
 _WITHOUT_BODY = frozenset({"GET", "HEAD", "OPTIONS"})
 _PREFLIGHT_SECONDS = 86_400
@@ -56,7 +56,7 @@ class Front(FastAPI):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await super().__call__(scope, receive, send)
-        elif self._shares and scope["path"].startswith(_SHARED) and _from_a_page(scope):
+        elif self._shares and scope["path"].startswith(SHARED) and _from_a_page(scope):
             await self._cors(scope, receive, send)
         else:
             await self._admit(scope, receive, send)
@@ -65,25 +65,36 @@ class Front(FastAPI):
         if scope["method"] in _WITHOUT_BODY:
             await super().__call__(scope, receive, send)
             return
+        endpoint = self.direct.get(scope["path"]) if scope["method"] == "POST" else None
+        if endpoint is not None:
+            response = await self.answer(endpoint, scope, receive)
+            await response(scope, receive, send)
+            return
         try:
             held = scope[HELD] = self._room.enter()
         except Refused as error:
             await refusal(error)(scope, receive, send)
             return
         try:
-            endpoint = self.direct.get(scope["path"]) if scope["method"] == "POST" else None
-            if endpoint is None:
-                await super().__call__(scope, receive, send)
-                return
-            began = time.perf_counter()
-            try:
-                response = await endpoint(Request(scope, receive))
-            except (Refused, Unavailable) as error:
-                response = refusal(error)
-            _requests(response.status_code).observe(time.perf_counter() - began)
-            await response(scope, receive, send)
+            await super().__call__(scope, receive, send)
         finally:
             held.leave()
+
+    async def answer(self, endpoint: Endpoint, scope: Scope, receive: Receive) -> Response:
+        """What one of the ``direct`` routes answers to a request, whichever interface of the server it came through."""
+        try:
+            held = scope[HELD] = self._room.enter()
+        except Refused as error:
+            return refusal(error)
+        began = time.perf_counter()
+        try:
+            response = await endpoint(Request(scope, receive))
+        except (Refused, Unavailable) as error:
+            response = refusal(error)
+        finally:
+            held.leave()
+        _requests(response.status_code).observe(time.perf_counter() - began)
+        return response
 
 
 @functools.cache

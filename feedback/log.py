@@ -25,7 +25,7 @@ Record: TypeAlias = asyncpg.Record
 logger = logging.getLogger("feedback")
 
 Row = Mapping[str, Any]
-Status = Literal["created", "duplicate", "conflict", "invalid", "unknown"]
+Status = Literal["created", "duplicate", "conflict", "foreign", "invalid", "unknown"]
 
 ACQUIRE_SECONDS = 5.0
 COMMAND_SECONDS = 30.0
@@ -64,22 +64,37 @@ class Overloaded(Unavailable):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one row. ``invalid``: Postgres refuses it, for ``reason``; ``unknown``: it may be sent again."""
+    """What became of one row.
+
+    ``foreign``: it would change another app's feedback; ``invalid``: Postgres refuses it, for ``reason``;
+    ``unknown``: it may be sent again.
+    """
 
     status: Status
     reason: str | None = None
 
 
 CREATED, DUPLICATE, CONFLICT = Outcome("created"), Outcome("duplicate"), Outcome("conflict")
+FOREIGN = Outcome("foreign")
 
 
 @dataclass(frozen=True, eq=False)
 class Log:
-    """One append-only table: its name, its key and the two statements that write it."""
+    """One append-only table, and the statements that write it.
+
+    Attributes:
+        name: Of the table, without its schema.
+        key: The column that tells rows apart.
+        insert: Adds the rows of $1, a JSON array of objects. Returns the keys that are new.
+        write: ``insert``; of each of the keys $2 that is not new, also returns what ``hashes`` does. Says nothing of
+            a key whose row was committed after the statement began.
+        hashes: Of those of the keys $1 that are there: key, body hash, app.
+    """
 
     name: str
     key: str
     insert: str
+    write: str
     hashes: str
 
 
@@ -90,22 +105,36 @@ def _log(table: sa.Table) -> Log:
     names = ", ".join(f'"{column.name}"' for column in columns)
     dialect: sa.Dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     types = ", ".join(f'"{column.name}" {column.type.compile(dialect)}' for column in columns)
+    insert = (
+        f"INSERT INTO {table.fullname} ({names}) SELECT {names} FROM json_to_recordset($1::json) AS r({types}) "
+        f"ON CONFLICT ({key.name}) DO NOTHING RETURNING {key.name}::text"
+    )
+    # Keys come as text, so that a malformed one is the row's own fault like any other value.
+    stored = (
+        f"SELECT {key.name}::text, body_sha256, app FROM unnest({{keys}}::text[]) AS given(key) "
+        f"JOIN {table.fullname} ON {key.name} = given.key::{key.type.compile(dialect)}"
+    )
     return Log(
         name=table.name,
         key=key.name,
-        insert=(
-            f"INSERT INTO {table.fullname} ({names}) SELECT {names} FROM json_to_recordset($1::json) AS r({types}) "
-            f"ON CONFLICT ({key.name}) DO NOTHING RETURNING {key.name}::text"
+        insert=insert,
+        # Looked up are only keys that are not new: a row that is costs nothing but its insert.
+        write=(
+            f"WITH created AS ({insert}) SELECT {key.name}, NULL, NULL FROM created UNION ALL "
+            f"{stored.format(keys='$2')} WHERE given.key NOT IN (SELECT {key.name} FROM created)"
         ),
-        hashes=(
-            f"SELECT {key.name}::text, body_sha256, app FROM {table.fullname} "
-            f"WHERE {key.name} = ANY($1::{key.type.compile(dialect)}[])"
-        ),
+        hashes=stored.format(keys="$1"),
     )
 
 
 INTERACTIONS = _log(schema.interaction)
 EVENTS = _log(schema.feedback_event)
+
+_FOREIGN = (
+    "SELECT DISTINCT given.id, given.app FROM unnest($1::text[], $2::text[]) AS given(id, app)"
+    f" JOIN {schema.feedback_event.fullname} AS event ON event.feedback_id = given.id::uuid"
+    " WHERE event.app <> given.app"
+)
 
 
 async def connect(database_url: str, role: str, size: int = 8, seconds: float = COMMAND_SECONDS) -> Pool:
@@ -167,28 +196,34 @@ async def fetch(pool: Pool, query: str, *args: Any) -> list[Record]:
     return found
 
 
-async def append(pool: Pool, log: Log, rows: Sequence[Row]) -> list[Outcome]:
+async def append(pool: Pool, log: Log, rows: Sequence[Row], *, guarded: bool = False) -> list[Outcome]:
     """Add rows to the log; one outcome per row, in order. All of it is committed when this returns.
 
     A row whose key is there already, or came earlier in ``rows``, is a ``duplicate`` if the body hash and the app are
     the same and a ``conflict`` if not. A row that Postgres refuses is ``invalid`` alone; the others are kept.
+    ``guarded``: an event that names the feedback_id of another app's feedback is ``foreign`` and not added.
     Raises Unavailable when nothing can be said about any row; everything may then be sent again.
     """
+    foreign = await _foreign(pool, rows) if guarded and log is EVENTS else set()
     first: dict[str, Row] = {}
     for row in rows:
-        first.setdefault(row[log.key], row)
+        if not foreign or _claim(row) not in foreign:
+            first.setdefault(row[log.key], row)
     # One order for everybody: two groups that share keys then wait for each other instead of deadlocking.
-    created, refused = await _insert(pool, log, [first[key] for key in sorted(first)])
+    created, stored, refused = await _write(pool, log, [first[key] for key in sorted(first)])
     if len(created) == len(rows):
         return [CREATED] * len(rows)
-    stored = {key: _same(first[key]) for key in created}
-    unknown = [key for key in first if key not in created and key not in refused]
-    if unknown:
-        stored.update((key, (sha256, app)) for key, sha256, app in await fetch(pool, log.hashes, unknown))
+    unseen = [key for key in first if key not in created and key not in stored and key not in refused]
+    if unseen:
+        # Committed by others while the statement ran.
+        stored |= _stored(await fetch(pool, log.hashes, unseen))
+    stored |= {key: _same(first[key]) for key in created}
     outcomes = []
     for row in rows:
         key = row[log.key]
-        if key in refused:
+        if foreign and _claim(row) in foreign:
+            outcomes.append(FOREIGN)
+        elif key in refused:
             reason = refused[key] if row is first[key] else "an earlier item with the same id was refused"
             outcomes.append(Outcome("invalid", reason))
         elif row is first[key] and key in created:
@@ -207,21 +242,47 @@ def _same(row: Row) -> tuple[str, str | None]:
     return row["body_sha256"], row.get("app")
 
 
-async def _insert(pool: Pool, log: Log, rows: Sequence[Row]) -> tuple[set[str], dict[str, str]]:
-    """Insert rows with distinct keys. Returns the keys that are new, and the refused ones with Postgres' reason."""
+def _stored(found: Sequence[Record]) -> dict[str, tuple[str, str | None]]:
+    """What ``_same`` says of the rows in the log, by key."""
+    return {key: (sha256, app) for key, sha256, app in found}
+
+
+def _claim(row: Row) -> tuple[str, str | None]:
+    """The feedback that an event is about, and the app that says so."""
+    return row["feedback_id"], row.get("app")
+
+
+async def _foreign(pool: Pool, rows: Sequence[Row]) -> set[tuple[str, str | None]]:
+    """The claims on feedback that another app has sent. An event that begins its own feedback claims none."""
+    claims = {_claim(row) for row in rows if row["feedback_id"] != row["event_id"]}
+    if not claims:
+        return set()
+    return {(row[0], row[1]) for row in await fetch(pool, _FOREIGN, *map(list, zip(*claims, strict=True)))}
+
+
+async def _write(
+    pool: Pool, log: Log, rows: Sequence[Row]
+) -> tuple[set[str], dict[str, tuple[str, str | None]], dict[str, str]]:
+    """Insert rows with distinct keys.
+
+    Returns the keys that are new; of those that were there what ``_stored`` says; the refused ones with Postgres'
+    reason.
+    """
     if not rows:
-        return set(), {}
+        return set(), {}, {}
     try:
-        inserted = await fetch(pool, log.insert, msgspec.json.encode(rows).decode())
+        found = await fetch(
+            pool, log.write, msgspec.json.encode(rows).decode(), [row[log.key] for row in rows]
+        )
     except _ROW_FAULTS as error:
         if len(rows) == 1:
             # Without the detail, which repeats the row: reasons are kept where people's texts must not be.
-            return set(), {rows[0][log.key]: str(error.args[0])}
+            return set(), {}, {rows[0][log.key]: str(error.args[0])}
         middle = len(rows) // 2
-        created, refused = await _insert(pool, log, rows[:middle])
-        more_created, more_refused = await _insert(pool, log, rows[middle:])
-        return created | more_created, refused | more_refused
-    return {row[0] for row in inserted}, {}
+        created, stored, refused = await _write(pool, log, rows[:middle])
+        more_created, more_stored, more_refused = await _write(pool, log, rows[middle:])
+        return created | more_created, stored | more_stored, refused | more_refused
+    return {row[0] for row in found if row[1] is None}, _stored([row for row in found if row[1]]), {}
 
 
 async def close(pool: Pool) -> None:

@@ -24,6 +24,7 @@ from granian.server import Server
 
 from feedback import metrics
 from feedback.app import create_app
+from feedback.rsgi import Rsgi
 
 DRAIN_SECONDS = 30
 # For the head of a request, and for an idle connection between two; longer than proxies keep theirs, so that they
@@ -73,7 +74,7 @@ def serve(
         "feedback.app:create_app",
         address=host,
         port=port,
-        interface=Interfaces.ASGI,
+        interface=Interfaces.RSGI,
         workers=workers,
         websockets=False,
         http=HTTPModes.http1,
@@ -105,7 +106,7 @@ def _load(database_url: str, pseudonym_key: bytes, allowed_origins: Sequence[str
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_ALLOCATIONS)
-    return app
+    return Rsgi(app)
 
 
 def _end_with(sentinel: int) -> None:

@@ -45,7 +45,7 @@ class Writer:
         self.waiting_rows = 0
 
     async def append(self, rows: Sequence[Row], size: int) -> list[Outcome]:
-        """As ``log.append``; ``size`` is about how many bytes the rows have.
+        """As ``log.append``, guarded; ``size`` is about how many bytes the rows have.
 
         A row that Postgres refuses is kept as a dead letter. A caller that is cancelled no longer hears what
         became of its rows; they are written all the same. Raises Unavailable; Overloaded, at once, when too much
@@ -83,7 +83,7 @@ class Writer:
         rows = [row for batch in group for row in batch.rows]
         began = time.perf_counter()
         try:
-            outcomes = await log.append(self._pool, self._log, rows)
+            outcomes = await log.append(self._pool, self._log, rows, guarded=True)
             outcomes = await dead_letters.keep(self._pool, self._log, rows, outcomes)
         except Exception as error:
             # What waits behind a failure would only fail later: it is answered now, and may come again.

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,8 @@ class Event:
     received_at: datetime
     kind: str = "thumb"
     correction: str | None = None
+    trace_id: str | None = None
+    span_id: str | None = None
 
     @property
     def effective_at(self) -> datetime:
@@ -163,8 +165,8 @@ def add_event(conn: psycopg.Connection[Any], event: Event) -> None:
     conn.execute(
         """
         insert into feedback.feedback_event (event_id, feedback_id, op, revision, kind, name, score, explanation, correction,
-          annotator_kind, interaction_id, occurred_at, received_at, api_key_id, body_sha256)
-        values (%s, %s, %s, %s, %s, %s, %s, %s, %s, 'HUMAN', %s, %s, %s, %s, '')
+          annotator_kind, app, interaction_id, trace_id, span_id, occurred_at, received_at, api_key_id, body_sha256)
+        values (%s, %s, %s, %s, %s, %s, %s, %s, %s, 'HUMAN', 'shop', %s, %s, %s, %s, %s, %s, '')
         """,
         (
             *(
@@ -180,6 +182,8 @@ def add_event(conn: psycopg.Connection[Any], event: Event) -> None:
                 f"{SECRET} says why",
                 event.correction,
                 event.interaction_id,
+                event.trace_id,
+                event.span_id,
                 event.occurred_at,
                 event.received_at,
             ),
@@ -444,22 +448,40 @@ def test_a_late_revision_and_an_erasure_change_what_their_day_says(built: Wareho
 
 
 def test_an_interaction_after_its_feedback_ends_the_orphanhood(built: Warehouse, event: Event) -> None:
-    name = f"late-{event.event_id}"
-    orphan = Event(
-        event.event_id, event.feedback_id, "create", 1, 1.0, name, event.occurred_at, event.received_at
-    )
+    """Feedback may name it by its id, by the span that it is or by the response, and the app must be the same."""
+    trace, span = event.event_id.hex, event.event_id.hex[:16]
+    late, desk = f"late-{span}", f"desk-{span}"
+    names = {late: late, f"{trace}:{span}": late, f"chatcmpl-{span}": late, f"resp-{span}": None}
+    sent = [
+        replace(event, event_id=uuid.uuid4(), feedback_id=uuid.uuid4(), interaction_id=name) for name in names
+    ]
+    sent[1] = replace(sent[1], trace_id=trace, span_id=span)
     with psycopg.connect(built.url) as conn:
-        add_event(conn, orphan)
+        for one in sent:
+            add_event(conn, one)
     built.run_day(1)
-    state = "select is_orphan from marts.feedback_current where feedback_id = %s"
-    reason = "select exclusion_reason from marts.training_signals where signal_id = %s::text"
-    assert built.rows(state, event.feedback_id) == [(True,)]
-    assert built.rows(reason, event.feedback_id) == [("no_interaction",)]
+    state = "select feedback_id, interaction_id, is_orphan from marts.feedback_current where feedback_id = any(%s)"
+    signal = "select signal_id::uuid, interaction_id, exclusion_reason from marts.training_signals where signal_id = any(%s)"
+    ids = [one.feedback_id for one in sent]
+    before = built.rows(state, ids), built.rows(signal, list(map(str, ids)))
+    assert set(before[0]) == {(one.feedback_id, one.interaction_id, True) for one in sent}
+    assert set(before[1]) == {(one.feedback_id, one.interaction_id, "no_interaction") for one in sent}
+
+    other_names = {"trace_id": trace, "span_id": span, "response_id": f"chatcmpl-{span}"}
     with psycopg.connect(built.url) as conn:
-        add_interaction(conn, name, START + timedelta(days=2))
+        add_interaction(conn, late, START + timedelta(days=2), metadata=json.dumps(other_names))
+        others = json.dumps({"response_id": f"resp-{span}"})
+        add_interaction(conn, desk, START + timedelta(days=2), app="desk", metadata=others)
     built.run_day(2)
-    assert built.rows(state, event.feedback_id) == [(False,)]
-    assert built.rows(reason, event.feedback_id) == [(None,)]
+    found = {(one.feedback_id, names[one.interaction_id] or one.interaction_id) for one in sent}
+    assert {row[:2] for row in built.rows(state, ids)} == found
+    assert {row[0] for row in built.rows(state, ids) if row[2]} == {sent[3].feedback_id}
+    signals = built.rows(signal, list(map(str, ids)))
+    assert {row[:2] for row in signals} == found
+    assert {row[0] for row in signals if row[2] is not None} == {sent[3].feedback_id}
+    # The log itself says what was said.
+    logged = built.rows("select interaction_id from marts.fct_feedback where feedback_id = any(%s)", ids)
+    assert {name for (name,) in logged} == set(names)
 
 
 def test_a_staging_view_can_be_run_alone(built: Warehouse) -> None:

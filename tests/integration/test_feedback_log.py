@@ -1,7 +1,9 @@
 """Writing the log on a real Postgres: outcomes, group commit, dead letters, locks, no room, no database."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -98,6 +100,86 @@ def test_the_same_id_twice_in_one_batch(migrated: str) -> None:
     assert append(migrated, [row, again, other]) == [["created", "duplicate", "conflict"]]
     assert append(migrated, [other, row]) == [["conflict", "duplicate"]]
     assert count(migrated, row["event_id"]) == 1
+
+
+def test_what_was_sent_before_is_answered_by_the_statement_that_adds_the_rest(
+    migrated: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new, changed = ([event() for _ in range(20)] for _ in range(3))
+    append(migrated, old + changed)
+    statements = []
+    fetch = log.fetch
+
+    async def counted(pool: log.Pool, query: str, *args: Any) -> list[log.Record]:
+        statements.append(query)
+        return await fetch(pool, query, *args)
+
+    monkeypatch.setattr(log, "fetch", counted)
+    sent = [
+        row
+        for rows in zip(new, old, changed, strict=True)
+        for row in (*rows[:2], rows[2] | {"body_sha256": "b"})
+    ]
+    assert append(migrated, sent) == [["created", "duplicate", "conflict"] * 20]
+    assert len(statements) == 1
+    assert append(migrated, sent) == [["duplicate", "duplicate", "conflict"] * 20]
+    assert len(statements) == 2
+
+
+@pytest.mark.parametrize(
+    ("kept", "statuses"), [(True, ["created", "duplicate", "conflict"]), (False, ["created"] * 3)]
+)
+def test_what_another_commits_meanwhile_is_seen(migrated: str, kept: bool, statuses: list[str]) -> None:
+    rows = [event(), event(), event()]
+    with psycopg.connect(migrated) as other, ThreadPoolExecutor() as pool:
+        for row in (rows[1], rows[2] | {"body_sha256": "b"}):
+            other.execute(
+                "INSERT INTO feedback.feedback_event (event_id, feedback_id, op, revision, kind, name, annotator_kind,"
+                " occurred_at, api_key_id, body_sha256) VALUES (%(event_id)s, %(feedback_id)s, 'create', 1, 'thumb',"
+                " 'thumb', 'HUMAN', %(occurred_at)s, %(api_key_id)s, %(body_sha256)s)",
+                row,
+            )
+        answer = pool.submit(append, migrated, rows)
+        # The statement's view of the log is older than what it waits for.
+        with psycopg.connect(migrated, autocommit=True) as watch:
+            while not watch.execute(
+                "SELECT 1 FROM pg_locks WHERE NOT granted AND locktype = 'transactionid'"
+            ).fetchone():
+                time.sleep(0.01)
+        other.commit() if kept else other.rollback()
+        assert answer.result() == [statuses]
+
+
+def test_an_app_cannot_change_what_another_sent_even_in_one_group(migrated: str) -> None:
+    mine, theirs, old = event(app="shop"), event(app="desk"), event()
+    append(migrated, [mine, theirs, old])
+
+    def revision(app: str, of: dict[str, Any]) -> dict[str, Any]:
+        return event(app=app, feedback_id=of["feedback_id"], op="revise", revision=2)
+
+    group = [
+        revision("shop", mine),
+        revision("desk", mine),
+        revision("shop", theirs),
+        revision("desk", theirs),
+        # Whose it is was not kept once.
+        revision("desk", old),
+        event(app="desk"),
+        # Nobody has sent it yet.
+        event(app="desk", feedback_id=str(uuid7()), op="retract", revision=2),
+    ]
+    assert write(migrated, *([row] for row in group)) == [
+        ["created"],
+        ["foreign"],
+        ["foreign"],
+        ["created"],
+        ["created"],
+        ["created"],
+        ["created"],
+    ]
+    assert count(migrated, group[1]["event_id"], group[2]["event_id"]) == 0
+    # A replay answers for what was taken already.
+    assert append(migrated, [group[1]]) == [["created"]]
 
 
 @pytest.mark.parametrize(

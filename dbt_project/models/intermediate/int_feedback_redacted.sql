@@ -18,6 +18,7 @@ redacted as (
         span_id,
 
         -- strings
+        app,
         op,
         kind,
         name,

@@ -58,6 +58,9 @@ final as (
         interaction_id,
         session_id,
         user_ref,
+        trace_id,
+        span_id,
+        response_id,
 
         -- strings
         app,

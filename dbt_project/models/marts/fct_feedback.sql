@@ -10,6 +10,7 @@
         indexes=[
             {'columns': ['event_id'], 'unique': true},
             {'columns': ['feedback_id']},
+            {'columns': ['trace_id', 'span_id']},
             {'columns': ['effective_at']}
         ],
         tags=['daily']

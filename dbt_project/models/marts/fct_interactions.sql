@@ -9,6 +9,8 @@
         on_schema_change='append_new_columns',
         indexes=[
             {'columns': ['interaction_id'], 'unique': true},
+            {'columns': ['response_id']},
+            {'columns': ['trace_id', 'span_id']},
             {'columns': ['effective_at']}
         ],
         tags=['daily']

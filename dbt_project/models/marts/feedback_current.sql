@@ -21,7 +21,12 @@
 -- refs are cut to the batch by dbt, .render() lifts that.
 with interactions_of_batch as (
 
-    select interaction_id from {{ ref('fct_interactions') }}
+    select
+        interaction_id,
+        response_id,
+        trace_id,
+        span_id
+    from {{ ref('fct_interactions') }}
 
 ),
 
@@ -31,11 +36,27 @@ touched as (
 
     union
 
-    -- An interaction that arrives after its feedback ends the orphanhood.
+    -- An interaction that arrives after its feedback ends the orphanhood, by whichever of its names.
     select events.feedback_id
     from interactions_of_batch
     inner join {{ ref('stg_feedback__events').render() }} as events
         on interactions_of_batch.interaction_id = events.interaction_id
+
+    union
+
+    select events.feedback_id
+    from interactions_of_batch
+    inner join {{ ref('stg_feedback__events').render() }} as events
+        on interactions_of_batch.response_id = events.interaction_id
+
+    union
+
+    select events.feedback_id
+    from interactions_of_batch
+    inner join {{ ref('fct_feedback').render() }} as events
+        on
+            interactions_of_batch.trace_id = events.trace_id
+            and interactions_of_batch.span_id = events.span_id
 
     {% if is_incremental() %}
         union
@@ -68,6 +89,69 @@ ranked as (
 
 ),
 
+standing as (
+
+    select
+        ranked.*,
+        interactions.interaction_id as seen_id
+    from ranked
+    left join {{ ref('stg_feedback__interactions').render() }} as interactions
+        on ranked.interaction_id = interactions.interaction_id
+    where ranked.place = 1
+
+),
+
+-- What names no interaction by its id may name one of its app by the span that it is, or by the response.
+orphans as (
+
+    select
+        feedback_id,
+        app,
+        interaction_id,
+        trace_id,
+        span_id
+    from standing
+    where seen_id is null and scope in ('interaction', 'span')
+
+),
+
+candidates as (
+
+    select
+        orphans.feedback_id,
+        interactions.interaction_id,
+        interactions.effective_at
+    from orphans
+    inner join {{ ref('fct_interactions').render() }} as interactions
+        on
+            orphans.trace_id = interactions.trace_id
+            and orphans.span_id = interactions.span_id
+            and orphans.app = interactions.app
+
+    union all
+
+    select
+        orphans.feedback_id,
+        interactions.interaction_id,
+        interactions.effective_at
+    from orphans
+    inner join {{ ref('fct_interactions').render() }} as interactions
+        on
+            orphans.interaction_id = interactions.response_id
+            and orphans.app = interactions.app
+
+),
+
+resolved as (
+
+    select distinct on (feedback_id)
+        feedback_id,
+        interaction_id
+    from candidates
+    order by feedback_id, effective_at, interaction_id
+
+),
+
 logs as (
 
     select
@@ -86,39 +170,41 @@ folded as (
 
     select
         -- ids
-        ranked.feedback_id,
-        ranked.event_id as last_event_id,
+        standing.feedback_id,
+        standing.event_id as last_event_id,
         logs.event_ids,
-        ranked.interaction_id,
-        ranked.session_id,
-        ranked.trace_id,
-        ranked.span_id,
+        coalesce(resolved.interaction_id, standing.interaction_id) as interaction_id,
+        standing.session_id,
+        standing.trace_id,
+        standing.span_id,
 
         -- strings
-        ranked.op as last_op,
-        ranked.kind,
-        ranked.name,
-        ranked.label,
-        ranked.reasons,
-        ranked.annotator_kind,
-        ranked.author_role,
-        ranked.author_ref,
-        ranked.identifier,
-        ranked.scope,
+        standing.op as last_op,
+        standing.kind,
+        standing.name,
+        standing.label,
+        standing.reasons,
+        standing.annotator_kind,
+        standing.author_role,
+        standing.author_ref,
+        standing.identifier,
+        standing.scope,
 
         -- texts
-        {{ redacted('ranked.explanation') }} as explanation,
-        {{ redacted('ranked.correction') }} as correction,
+        {{ redacted('standing.explanation') }} as explanation,
+        {{ redacted('standing.correction') }} as correction,
 
         -- numerics
-        ranked.revision,
-        ranked.score,
+        standing.revision,
+        standing.score,
         logs.event_count,
 
         -- booleans
-        ranked.op = 'retract' as is_retracted,
-        ranked.interaction_id is not null and interactions.interaction_id is null as is_orphan,
-        coalesce(ranked.correction, '') <> '' as has_correction,
+        standing.op = 'retract' as is_retracted,
+        standing.interaction_id is not null
+        and standing.seen_id is null
+        and resolved.interaction_id is null as is_orphan,
+        coalesce(standing.correction, '') <> '' as has_correction,
 
         -- times
         logs.first_event_at,
@@ -126,12 +212,11 @@ folded as (
         {{ utc_day('logs.first_event_at') }} as created_day,
         logs.event_days
 
-    from ranked
+    from standing
     inner join logs
-        on ranked.feedback_id = logs.feedback_id
-    left join {{ ref('stg_feedback__interactions').render() }} as interactions
-        on ranked.interaction_id = interactions.interaction_id
-    where ranked.place = 1
+        on standing.feedback_id = logs.feedback_id
+    left join resolved
+        on standing.feedback_id = resolved.feedback_id
 
 )
 

@@ -18,6 +18,7 @@ renamed as (
         span_id,
 
         -- strings
+        app,
         op,
         kind,
         name,

@@ -14,6 +14,11 @@ renamed as (
         session_id,
         user_ref,
 
+        -- other names it goes by; senders write them, so only what feedback could name is taken
+        substring(metadata ->> 'trace_id' from '^[0-9a-f]{32}$') as trace_id,
+        substring(metadata ->> 'span_id' from '^[0-9a-f]{16}$') as span_id,
+        substring(metadata ->> 'response_id' from '^[^@]{1,200}$') as response_id,
+
         -- strings
         app,
         provider,
