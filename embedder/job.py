@@ -1,77 +1,213 @@
 """The batch job: a Parquet file of texts in, shards of vectors out, embedding only what is not there yet.
 
-Belongs here: the order of the steps, counting, progress, stopping.
-Does not belong here: the command line, Dagster, the steps themselves.
+Three steps, with the output folder locked around them (`shards.locked`):
+
+    work = plan(input_file, output, settings)                    what is missing, cut into shards
+    results = [stage.embed(shard) for shard in work.missing]     each on any machine, in any order
+    summary = finish(work, results, ledger)                      failures, record, figures
+
+`run` is the runner for one machine: it tokenises the next shard and writes the one before while one is encoded.
+
+Belongs here: the steps, their order, counting, progress, stopping.
+Does not belong here: the command line, Dagster, the output folder's files, what money is.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from itertools import chain
+from datetime import UTC, datetime
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from embedder import protocol, shards
-from embedder.encode import Embedder
+from embedder import engines, failures, shards, texts
+from embedder.budget import Estimate, Ledger, Limits, OverBudget
+from embedder.encode import Embedder, Encoded
+from embedder.failures import Failure
+from embedder.model import Model, open_model
 from embedder.protocol import EmbedderError
 from embedder.shards import Plan, Shard
-from embedder.tokens import TokenIds, Tokenised
+from embedder.tokens import Tokenised
 
 TOO_LONG = ("truncate", "refuse")
 
+DONE, ESTIMATED, INTERRUPTED, OVER_BUDGET = "done", "estimated", "interrupted", "over budget"
 
-class Interrupted(Exception):
-    """The job was asked to stop. Finished shards stay; the same command continues after them."""
+# Sampled texts: so many from each of so many shards.
+_SAMPLE_TEXTS, _SAMPLE_SHARDS = 32, 8
+
+
+class Stopped(Exception):
+    """The job ended early and cleanly. Finished shards stay; the same command continues after them."""
+
+    def __init__(self, status: str, words: str, summary: Summary | None = None) -> None:
+        super().__init__(words)
+        self.status = status
+        """INTERRUPTED or OVER_BUDGET."""
+        self.summary = summary
+        """What was done; None before anything was planned."""
+
+
+class _Interrupted(Exception):
+    def __init__(self) -> None:
+        super().__init__("interrupted; run the same command again to continue")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How texts become vectors; plain values, so that they can be sent to another process."""
+
+    model: Path | None = None
+    """A local folder; None is the installed default."""
+    engine: str = "auto"
+    device: str | None = None
+    precision: str | None = None
+    streams: int | None = None
+    tokeniser_processes: int | None = None
+    """0 tokenises in this process; None is that on a CPU, and as many as the machine has cores for on CUDA."""
+    too_long: str = "truncate"
+
+    def __post_init__(self) -> None:
+        """Raises EmbedderError for an unknown policy."""
+        if self.too_long not in TOO_LONG:
+            raise EmbedderError(
+                f"unknown policy {self.too_long!r} for over-long texts; choose {' or '.join(TOO_LONG)}"
+            )
+
+    def device_for(self, model: Model) -> str:
+        """'cpu' or 'cuda', without opening anything. Raises EmbedderError for what does not go together."""
+        _engine, device = engines.choose(model, self.engine, self.device, lambda _line: None)
+        return device
+
+    def open_embedder(self, say: Callable[[str], None] = lambda _line: None) -> Embedder:
+        """The model; tokenizer and engine open at their first use."""
+        return Embedder.open(
+            self.model,
+            engine=self.engine,
+            device=self.device,
+            precision=self.precision,
+            streams=self.streams,
+            say=say,
+        )
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done, decided before anything is done."""
+
+    input_file: Path
+    output: Path
+    release: str
+    fingerprint: dict[str, Any]
+    rows: int
+    """Of the input."""
+    conflicting: int
+    """Keys that stand before more than one text."""
+    plan: Plan
+    known: dict[str, Failure]
+    """Every failure of the folder."""
+    tried: frozenset[str]
+    """Keys of `known` that are in this input and not parked."""
+
+    @property
+    def missing(self) -> list[Shard]:
+        """The shards to make."""
+        return self.plan.missing
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """What came of one shard."""
+
+    shard_id: str
+    rows: int
+    """Texts of the shard."""
+    embedded: int
+    failures: dict[str, str]
+    """Key -> error."""
+    tokens: int
+    """Embedded, special tokens included, filler not."""
+    padded_tokens: int
+    """Computed, filler included."""
+    truncated: int
+    truncated_tokens: int
+    unsound: list[str]
+    """What is wrong with the vectors, in words."""
+    seconds: float
+    """Of encoding."""
+    engine: str
+    device: str
+    precision: str
+    streams: int
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is. Total tokens are an estimate until the last shard is tokenised."""
+    """How far a run is. Rows and total tokens are estimates until the last shard is done."""
 
+    rows: int
+    total_rows: int
     tokens: int
     total_tokens: int
     seconds: float
+    """Since the engine was ready."""
     shard: int
+    """From 1."""
     shards: int
+    padding_share: float
+    """Filler among the tokens computed, 0 to 1; of the finished shards."""
 
     @property
-    def tokens_per_second(self) -> float:
+    def tokens_per_s(self) -> float:
         """0 before the first batch."""
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
     @property
     def seconds_left(self) -> float:
         """By tokens, so that sorting by length does not skew it; 0 before the first batch."""
-        rate = self.tokens_per_second
+        rate = self.tokens_per_s
         return max(0, self.total_tokens - self.tokens) / rate if rate else 0.0
+
+    @property
+    def share(self) -> float:
+        """Of the tokens, 0 to 1."""
+        return min(1.0, self.tokens / self.total_tokens) if self.total_tokens else 0.0
 
 
 @dataclass
 class Summary:
-    """What a run did. distinct = skipped + embedded + failed."""
+    """What a run did. When it is done, distinct = skipped + embedded + failed + parked."""
 
     release: str
     fingerprint: dict[str, Any]
+    status: str = DONE
+    """done, estimated (nothing was to be embedded), interrupted or over budget."""
     chunks: int = 0
     """Rows of the input."""
     distinct: int = 0
     """Distinct content hashes of the input."""
+    conflicting: int = 0
+    """Content hashes that stand before more than one text; the first counts."""
     skipped: int = 0
     """Already in the output folder."""
     embedded: int = 0
     failed: int = 0
-    """Rows of failures.parquet."""
+    """Tried and not embedded, see failures.parquet."""
+    parked: int = 0
+    """Failed earlier and not due yet, so not tried."""
     truncated: int = 0
     """Texts embedded without their end, among `embedded`."""
+    truncated_tokens: int = 0
+    """The tokens of those ends."""
     tokens: int = 0
     """Tokens embedded, special tokens included, filler not."""
     padding_share: float = 0.0
@@ -80,11 +216,24 @@ class Summary:
     """Shard files written by this run."""
     seconds: float = 0.0
     """From reading the input to the last file written, start-up of the engine included."""
+    startup_seconds: float = 0.0
+    """Until the first text could be encoded."""
     chunks_per_s: float = 0.0
     """Embedded chunks per second of embedding, start-up left out."""
     tokens_per_s: float = 0.0
+    waiting_share: float = 0.0
+    """Of the seconds of embedding, those in which the engine had no tokens yet, 0 to 1."""
+    estimated_tokens: int | None = None
+    """What was said before the work; None when there was none."""
+    estimated_seconds: float | None = None
+    estimated_cost: float | None = None
+    cost: float | None = None
+    """True cost of this run, start-up included; None without a price."""
+    cost_of_work: float | None = None
+    """With the earlier attempts at the same work."""
     engine: str | None = None
     """None when nothing had to be embedded."""
+    device: str | None = None
     precision: str | None = None
     streams: int | None = None
     sound: bool = True
@@ -97,266 +246,483 @@ class Summary:
         return asdict(self)
 
 
+class Watcher:
+    """What a run tells while it runs; override what is of interest."""
+
+    def say(self, line: str) -> None:
+        """A notice for a person."""
+
+    def estimated(self, estimate: Estimate) -> None:
+        """Before the work; once more after the first shard when no rate was known before."""
+
+    def progressed(self, progress: Progress) -> None:
+        """After each batch."""
+
+
+def plan(
+    input_file: Path,
+    output: Path,
+    settings: Settings,
+    *,
+    model: Model | None = None,
+    shard_size: int | None = None,
+    retry_failed: bool = False,
+    now: datetime | None = None,
+    say: Callable[[str], None] = lambda _line: None,
+) -> Work:
+    """Decide what is to be embedded: the distinct texts of `input_file` that `output` does not hold, less those
+    that failed and are not due at `now`, unless `retry_failed`. Needs the lock. Opens no engine.
+
+    `model` saves reading the folder again. `shard_size` None is what suits the device.
+    Raises EmbedderError for an unusable input, output or model.
+    """
+    model = model or open_model(settings.model)
+    fingerprint = model.fingerprint()
+    keys = texts.read_keys(input_file)
+    known = failures.read(output, fingerprint, say)
+    decided = shards.make_plan(
+        output,
+        fingerprint,
+        keys,
+        now=now or datetime.now(UTC),
+        parked=lambda at: () if retry_failed else failures.parked(known, at),
+        shard_size=shard_size or shards.SHARD_SIZES[settings.device_for(model)],
+        policy=f"{settings.too_long} {retry_failed}",
+        say=say,
+    )
+    tried = shards.among(keys, set(known) - decided.parked)
+    conflicting = texts.count_conflicts(input_file, keys) if decided.distinct < len(keys) else 0
+    return Work(
+        input_file, output, model.release(), fingerprint, len(keys), conflicting, decided, known, tried
+    )
+
+
 @dataclass(frozen=True)
-class _Tokens:
+class Prepared:
+    """A shard whose texts are tokens."""
+
     shard: Shard
+    keys: list[str]
+    chunk_ids: pa.Array | None
     tokenised: Tokenised
+
+
+@dataclass(frozen=True)
+class Computed:
+    """A shard whose tokens are vectors."""
+
+    prepared: Prepared
+    encoded: Encoded
+    seconds: float
+
+
+class ShardStage:
+    """Makes shards: one object a process. `embed` does all of it; `prepare`, `encode` and `write` are its steps,
+    for a runner that overlaps them (each step by one thread at a time).
+
+    The model, the engine and the input are opened at their first use.
+    """
+
+    def __init__(
+        self,
+        input_file: Path,
+        output: Path,
+        settings: Settings,
+        *,
+        embedder: Embedder | None = None,
+        say: Callable[[str], None] = lambda _line: None,
+    ) -> None:
+        self._input_file = input_file
+        self._output = output
+        self._settings = settings
+        self._given = embedder
+        self._say = say
+        self._opened = ExitStack()
+
+    @cached_property
+    def embedder(self) -> Embedder:
+        """The model."""
+        return self._given or self._settings.open_embedder(self._say)
+
+    @cached_property
+    def _reader(self) -> texts.TextReader:
+        return self._opened.enter_context(texts.TextReader(self._input_file))
+
+    @cached_property
+    def _tokenise(self) -> Callable[..., Tokenised]:
+        settings, model, wanted = self._settings, self.embedder.model, self._settings.tokeniser_processes
+        if wanted == 0 or (wanted is None and settings.device_for(model) == "cpu"):
+            tokenise = self.embedder.tokeniser.tokenise
+        else:
+            from embedder.tokenise_pool import TokeniserPool
+
+            pool = TokeniserPool(model, wanted, say=self._say)
+            self._opened.callback(pool.close)
+            tokenise = pool.tokenise
+        return partial(tokenise, prefix=model.prefix, too_long=settings.too_long)
+
+    @cached_property
+    def _fingerprint(self) -> dict[str, Any]:
+        return self.embedder.model.fingerprint()
+
+    def open(self) -> None:
+        """Open the engine now, so that its start-up does not count as embedding."""
+        self.embedder.engine  # noqa: B018
+
+    def close(self) -> None:
+        """Let go of the input and of the tokeniser's processes."""
+        self._opened.close()
+
+    def embed(self, shard: Shard) -> ShardResult:
+        """Make one shard: read, tokenise, encode, write. A text that cannot be embedded is one of its failures.
+
+        Raises EmbedderError when the input has changed or the output cannot be written.
+        """
+        return self.write(self.encode(self.prepare(shard)))
+
+    def prepare(self, shard: Shard) -> Prepared:
+        """Read and tokenise."""
+        found = self._reader.read(shard.rows)
+        if shards.shard_id(self._fingerprint, found.keys) != shard.shard_id:
+            raise texts.changed(self._input_file)
+        return Prepared(shard, found.keys, found.chunk_ids, self._tokenise(found.texts))
+
+    def encode(self, prepared: Prepared, on_batch: Callable[[int], None] = lambda _tokens: None) -> Computed:
+        """Compute; `on_batch(real tokens)` is called after each batch, and what it raises ends the shard."""
+        started = time.perf_counter()
+        encoded = self.embedder.encode_tokens(prepared.tokenised.tokens, on_batch=on_batch)
+        return Computed(prepared, encoded, time.perf_counter() - started)
+
+    def write(self, computed: Computed) -> ShardResult:
+        """Write the file, if any text has a vector."""
+        prepared, encoded, engine = computed.prepared, computed.encoded, self.embedder.engine
+        keys, tokenised = prepared.keys, prepared.tokenised
+        places = tokenised.places
+        failed = {keys[i]: error for i, error in tokenised.errors.items()}
+        failed |= {keys[places[row]]: error for row, error in encoded.errors.items()}
+        vectors = encoded.vectors
+        if encoded.errors:
+            good = np.setdiff1d(np.arange(len(places)), list(encoded.errors))
+            vectors, places = vectors[good], places[good]
+        shards.write_shard(
+            self._output,
+            prepared.shard,
+            [keys[i] for i in places],
+            vectors,
+            failed,
+            chunk_ids=None if prepared.chunk_ids is None else prepared.chunk_ids.take(pa.array(places)),
+            fingerprint=self._fingerprint,
+            engine=engine.name,
+            device=engine.device,
+            dtype=engine.precision,
+        )
+        return ShardResult(
+            prepared.shard.shard_id,
+            rows=len(keys),
+            embedded=len(places),
+            failures=failed,
+            tokens=len(tokenised.tokens.ids),
+            padded_tokens=encoded.padded_tokens,
+            truncated=tokenised.truncated,
+            truncated_tokens=tokenised.truncated_tokens,
+            unsound=_unsound(vectors, len(keys) - len(failed), self.embedder.model),
+            seconds=computed.seconds,
+            engine=engine.name,
+            device=engine.device,
+            precision=engine.precision,
+            streams=engine.streams,
+        )
+
+    def sample(self, wanted: Sequence[Shard]) -> float:
+        """Tokens per text, from a few texts of shards spread over the input."""
+        if not wanted:
+            return 0.0
+        spread = [wanted[i * len(wanted) // _SAMPLE_SHARDS] for i in range(_SAMPLE_SHARDS)]
+        rows = np.unique(np.concatenate([shard.rows[:_SAMPLE_TEXTS] for shard in spread]))
+        with texts.TextReader(self._input_file) as reader:
+            tokenised = self._tokenise(reader.read(rows).texts)
+        return len(tokenised.tokens.ids) / len(rows)
+
+
+def finish(work: Work, results: Sequence[ShardResult], ledger: Ledger) -> Summary:
+    """End a work whose missing shards are all made: write the failures, forget the plan. Needs the lock."""
+    failed = {
+        key: error
+        for shard in work.plan.shards
+        if shard.shard_id in work.plan.finished
+        for key, error in shards.shard_failures(work.output, shard.shard_id).items()
+    }
+    for result in results:
+        failed |= result.failures
+    after = failures.updated(work.known, work.tried, failed, work.plan.planned_at)
+    failures.write(work.output, work.fingerprint, after)
+    shards.end_plan(work.output)
+    ledger.close()
+    summary = summarise(work, results, ledger)
+    summary.failed = len(failed)
+    present = summary.skipped + shards.count_rows(work.output, work.missing)
+    expected = work.plan.distinct - summary.failed - summary.parked
+    if present != expected:
+        summary.unsound.append(
+            f"{expected} of {work.plan.distinct} distinct texts should have a vector, but {present} have one"
+        )
+    summary.sound = not summary.unsound
+    return summary
+
+
+def summarise(work: Work, results: Sequence[ShardResult], ledger: Ledger) -> Summary:
+    """The figures so far, for a run that is stopped as well."""
+    summary = Summary(work.release, work.fingerprint, chunks=work.rows, conflicting=work.conflicting)
+    finished = [shard for shard in work.plan.shards if shard.shard_id in work.plan.finished]
+    summary.distinct = work.plan.distinct
+    summary.skipped = work.plan.present + shards.count_rows(work.output, finished)
+    summary.parked = len(work.plan.parked)
+    summary.seconds, summary.startup_seconds = round(ledger.seconds, 3), round(ledger.startup_seconds, 3)
+    summary.cost, summary.cost_of_work = ledger.cost, ledger.cost_of_work
+    padded = 0
+    for result in results:
+        summary.embedded += result.embedded
+        summary.failed += len(result.failures)
+        summary.tokens += result.tokens
+        summary.truncated += result.truncated
+        summary.truncated_tokens += result.truncated_tokens
+        summary.shards += result.embedded > 0
+        summary.unsound.extend(result.unsound)
+        padded += result.padded_tokens
+        summary.engine, summary.device = result.engine, result.device
+        summary.precision, summary.streams = result.precision, result.streams
+    summary.padding_share = padding_share(summary.tokens, padded)
+    seconds = ledger.embedding_seconds
+    if seconds:
+        summary.chunks_per_s = round(summary.embedded / seconds, 1)
+        summary.tokens_per_s = round(summary.tokens / seconds, 1)
+    summary.sound = not summary.unsound
+    return summary
 
 
 def run(
     input_file: Path,
     output: Path,
+    settings: Settings | None = None,
     *,
-    embedder: Embedder,
-    too_long: str = "truncate",
-    shard_size: int = shards.SHARD_SIZE,
-    progress: Callable[[Progress], None] = lambda _progress: None,
+    limits: Limits | None = None,
+    shard_size: int | None = None,
+    retry_failed: bool = False,
+    only_estimate: bool = False,
+    now: datetime | None = None,
+    embedder: Embedder | None = None,
+    watcher: Watcher | None = None,
     stop: threading.Event | None = None,
-    say: Callable[[str], None] = lambda _line: None,
+    timer: Callable[[], float] = time.perf_counter,
+    make_runner: Callable[[Work, ShardStage, Ledger, Watcher, threading.Event], Runner] | None = None,
 ) -> Summary:
-    """Embed the distinct texts of `input_file` that `output` does not hold yet.
+    """Embed what is missing, on this machine, or with `only_estimate` say what that takes; see `plan` for what
+    is missing.
 
-    The input has the string columns content_hash and text; of several rows with one hash the first counts.
-    `stop`, once set, ends the run with Interrupted at the next batch. `say` gets notices for a person.
-    Raises EmbedderError for an unusable input, output or model; single bad texts are failures, not errors.
+    `embedder` replaces the one that `settings` describe, `make_runner` the runner for this machine. `stop`, once
+    set, ends the run at the next batch.
+    Raises Stopped when it ends early, by `stop` or by a limit, and EmbedderError for an unusable input, output
+    or model; single bad texts are failures, not errors.
     """
-    if too_long not in TOO_LONG:
-        raise EmbedderError(
-            f"unknown policy {too_long!r} for over-long texts; choose {' or '.join(TOO_LONG)}"
-        )
-    if shard_size < 1:
-        raise EmbedderError(f"shard size {shard_size} is below 1; choose the default {shards.SHARD_SIZE}")
-    started = time.perf_counter()
-    model = embedder.model
-    fingerprint = model.fingerprint()
-    keys = read_keys(input_file)
-    summary = Summary(model.release(), fingerprint, chunks=len(keys))
+    started = timer()
+    settings, watcher, stop = settings or Settings(), watcher or Watcher(), stop or threading.Event()
+    embedder = embedder or settings.open_embedder(watcher.say)
     told = False
 
     def waiting() -> None:
         nonlocal told
-        _check_stop(stop)
+        if stop.is_set():
+            raise Stopped(INTERRUPTED, str(_Interrupted()))
         if not told:
-            say(f"another embedding run is writing to {output}: waiting for it to end")
+            watcher.say(f"another embedding run is writing to {output}: waiting for it to end")
             told = True
 
     with shards.locked(output, waiting):
-        plan = shards.make_plan(output, fingerprint, keys, shard_size=shard_size, say=say)
-        failures = _embed(input_file, output, plan, embedder, too_long, progress, stop, summary)
-        shards.write_failures(output, failures)
-        shards.end_plan(output)
-        summary.distinct = plan.distinct
-        summary.failed = len(failures)
-        present = shards.count_present(output, fingerprint, keys)
-    summary.skipped = plan.distinct - summary.embedded - summary.failed
-    if present != plan.distinct - summary.failed:
-        summary.unsound.append(
-            f"{plan.distinct} distinct texts, {summary.failed} failed, but {present} have vectors"
+        work = plan(
+            input_file,
+            output,
+            settings,
+            model=embedder.model,
+            shard_size=shard_size,
+            retry_failed=retry_failed,
+            now=now,
+            say=watcher.say,
         )
-    summary.sound = not summary.unsound
-    summary.seconds = time.perf_counter() - started
-    return summary
+        ledger = Ledger(output, work.plan.work, limits or Limits(), timer=timer, started=started)
+        stage = ShardStage(input_file, output, settings, embedder=embedder, say=watcher.say)
+        runner = (make_runner or Runner)(work, stage, ledger, watcher, stop)
+        try:
+            runner.estimate()
+            if only_estimate:
+                summary = runner.complete(summarise(work, [], ledger))
+                summary.status = ESTIMATED
+                return summary
+            runner.run()
+        except (_Interrupted, OverBudget) as reason:
+            ledger.save()
+            summary = runner.complete(summarise(work, runner.results, ledger))
+            summary.status = OVER_BUDGET if isinstance(reason, OverBudget) else INTERRUPTED
+            raise Stopped(summary.status, str(reason), summary) from reason
+        finally:
+            stage.close()
+        return runner.complete(finish(work, runner.results, ledger))
 
 
-def read_keys(input_file: Path) -> pa.ChunkedArray:
-    """The content hashes of the input, one per row. Raises EmbedderError when the file is not as promised."""
-    try:
-        schema = pq.read_schema(input_file)
-        for name in (protocol.CONTENT_HASH, protocol.TEXT):
-            if name not in schema.names:
-                raise EmbedderError(
-                    f"{input_file} has no column {name}, only {', '.join(schema.names)}; the input needs "
-                    f"{protocol.CONTENT_HASH} and {protocol.TEXT}"
-                )
-            kind = schema.field(name).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise EmbedderError(f"{input_file}: column {name} has type {kind}; write it as string")
-        keys = pq.read_table(input_file, columns=[protocol.CONTENT_HASH])[protocol.CONTENT_HASH]
-    except FileNotFoundError as error:
-        raise EmbedderError(
-            f"input file {input_file} does not exist; name an existing Parquet file"
-        ) from error
-    except (pa.ArrowInvalid, OSError) as error:
-        raise EmbedderError(
-            f"{input_file} is not a readable Parquet file ({error}); write the input again"
-        ) from error
-    if keys.null_count:
-        raise EmbedderError(
-            f"{input_file}: {keys.null_count} rows have no {protocol.CONTENT_HASH}; every text needs its key"
-        )
-    return keys
+class Runner:
+    """Makes the missing shards on this machine. Three threads, each a shard apart, so at most three in memory."""
 
+    def __init__(
+        self, work: Work, stage: ShardStage, ledger: Ledger, watcher: Watcher, stop: threading.Event
+    ) -> None:
+        self._shards = work.missing
+        self._stage, self._ledger, self._watcher, self._stop = stage, ledger, watcher, stop
+        self._total_rows = sum(len(shard.rows) for shard in self._shards)
+        self._estimate: Estimate | None = None
+        self._waited = 0.0
+        self.results: list[ShardResult] = []
 
-def _embed(
-    input_file: Path,
-    output: Path,
-    plan: Plan,
-    embedder: Embedder,
-    too_long: str,
-    progress: Callable[[Progress], None],
-    stop: threading.Event | None,
-    summary: Summary,
-) -> dict[str, str]:
-    """Make the missing shards one after the other, tokenising the next while one is encoded."""
-    missing = [shard for shard in plan.shards if shard.shard_id not in plan.finished]
-    failures: dict[str, dict[str, str]] = {
-        shard.shard_id: shards.shard_failures(output, shard)
-        for shard in plan.shards
-        if shard.shard_id in plan.finished
-    }
-    if missing:
-        _check_stop(stop)
-        embedder.engine  # noqa: B018 (opened here so that start-up does not count as embedding)
-    meter = _Meter(progress, stop, sum(len(shard.keys) for shard in missing), len(missing))
-    padded = 0
-    with ThreadPoolExecutor(1, "tokenise") as background:
-        ahead = _one_ahead(background, _tokenised(input_file, missing, embedder, too_long))
-        for tokens in ahead:
-            meter.shard_tokenised(tokens.tokenised)
-            shard = tokens.shard
-            vectors, failed, computed = _encode_shard(tokens, embedder, meter)
-            padded += computed
-            summary.unsound.extend(_unsound(vectors, len(shard.keys) - len(failed), embedder))
-            shards.write_shard(
-                output,
-                shard,
-                vectors,
-                failed,
-                fingerprint=summary.fingerprint,
-                engine=embedder.engine.name,
-                dtype=embedder.engine.precision,
-            )
-            failures[shard.shard_id] = failed
-            summary.embedded += len(vectors)
-            summary.truncated += tokens.tokenised.truncated
-            summary.shards += len(vectors) > 0
-    if missing:
-        engine = embedder.engine
-        summary.engine, summary.precision, summary.streams = engine.name, engine.precision, engine.streams
-    seconds = meter.seconds
-    summary.tokens = meter.tokens
-    summary.padding_share = round(1 - meter.tokens / padded, 4) if padded else 0.0
-    summary.chunks_per_s = round(summary.embedded / seconds, 1) if summary.embedded else 0.0
-    summary.tokens_per_s = round(meter.tokens / seconds, 1) if meter.tokens else 0.0
-    return dict(chain.from_iterable(failures[shard.shard_id].items() for shard in plan.shards))
+    def estimate(self) -> None:
+        """Say what is to be done, if anything is. Raises _Interrupted."""
+        if not self._shards:
+            return
+        self._check()
+        mean = self._stage.sample(self._shards)
+        self._estimate = self._ledger.estimate(self._total_rows, round(mean * self._total_rows))
+        self._watcher.estimated(self._estimate)
 
-
-def _encode_shard(
-    tokens: _Tokens, embedder: Embedder, meter: _Meter
-) -> tuple[npt.NDArray[np.float32], dict[str, str], int]:
-    """(vectors of the keys that did not fail, the failures, tokens computed with filler)."""
-    keys = tokens.shard.keys
-    failed = {keys[i]: error for i, error in tokens.tokenised.errors.items()}
-    places = [i for i, row in enumerate(tokens.tokenised.rows) if row is not None]
-    rows: list[TokenIds] = [row for row in tokens.tokenised.rows if row is not None]
-    encoded = embedder.encode_tokens(rows, on_batch=meter.batch)
-    failed |= {keys[places[i]]: error for i, error in encoded.errors.items()}
-    good = [i for i in range(len(rows)) if i not in encoded.errors]
-    in_order = {key: failed[key] for key in keys if key in failed}
-    return encoded.vectors[good], in_order, encoded.padded_tokens
-
-
-def _unsound(vectors: npt.NDArray[np.float32], expected: int, embedder: Embedder) -> list[str]:
-    found = []
-    if vectors.shape != (expected, embedder.model.dimensions):
-        found.append(f"vectors of shape {vectors.shape}, expected {(expected, embedder.model.dimensions)}")
-    if not np.isfinite(vectors).all():
-        found.append("a vector is not finite")
-    norms = np.linalg.norm(vectors, axis=1)
-    if embedder.model.normalize and len(norms) and np.abs(norms - 1).max() > 1e-3:
-        found.append(f"a vector has length {norms[np.abs(norms - 1).argmax()]:.4f} instead of 1")
-    return found
-
-
-def _tokenised(
-    input_file: Path, missing: list[Shard], embedder: Embedder, too_long: str
-) -> Iterator[_Tokens]:
-    texts = _texts_at(input_file, [shard.rows for shard in missing])
-    for shard, found in zip(missing, texts, strict=True):
-        yield _Tokens(
-            shard, embedder.tokeniser.tokenise(found, prefix=embedder.model.prefix, too_long=too_long)
-        )
-
-
-def _texts_at(input_file: Path, wanted: list[npt.NDArray[np.int64]]) -> Iterator[list[Any]]:
-    """The texts at row numbers that rise within and across the lists; one list's texts in memory at a time."""
-    if not wanted:
-        return
-    number = 0
-    collected: list[Any] = []
-    with pq.ParquetFile(input_file) as file:
-        start = 0
-        for batch in file.iter_batches(batch_size=8192, columns=[protocol.TEXT]):
-            while number < len(wanted):
-                rows = wanted[number]
-                inside = rows[(rows >= start) & (rows < start + batch.num_rows)] - start
-                collected.extend(_strings(batch.column(0).take(pa.array(inside))))
-                if len(collected) < len(rows):
-                    break
-                yield collected
-                number, collected = number + 1, []
-            if number == len(wanted):
-                return
-            start += batch.num_rows
-
-
-def _strings(column: pa.Array) -> list[Any]:
-    try:
-        return list(column.to_pylist())
-    except UnicodeDecodeError:  # Parquet does not check that its strings are UTF-8
-        found: list[Any] = []
-        for value in column:
+    def run(self) -> None:
+        """Fill `results`. Raises _Interrupted or OverBudget; `results` are then those of the finished shards."""
+        if not self._shards:
+            return
+        writing: Future[ShardResult] | None = None
+        with ThreadPoolExecutor(1, "tokenise") as ahead, ThreadPoolExecutor(1, "write") as behind:
+            tokenising = ahead.submit(self._stage.prepare, self._shards[0])
             try:
-                found.append(value.as_py())
-            except UnicodeDecodeError:
-                found.append(b"")
-        return found
+                self._check()
+                self._ledger.check()
+                self._stage.open()
+                self._ledger.start_embedding()
+                meter = _Meter(len(self._shards), self._total_rows)
+                for number in range(len(self._shards)):
+                    since = time.perf_counter()
+                    prepared = self._result(tokenising)
+                    self._waited += time.perf_counter() - since
+                    if number + 1 < len(self._shards):
+                        tokenising = ahead.submit(self._stage.prepare, self._shards[number + 1])
+                    computed = self._encode(prepared, meter)
+                    if writing is not None:
+                        done, writing = writing, None
+                        self.results.append(done.result())
+                    writing = behind.submit(self._write, computed)
+            finally:
+                if writing is not None:
+                    self.results.append(writing.result())
 
+    def _result(self, tokenising: Future[Prepared]) -> Prepared:
+        try:
+            return tokenising.result()
+        except EmbedderError:
+            self._check()  # a signal to the whole group ends the tokeniser's processes too
+            raise
 
-def _one_ahead(background: ThreadPoolExecutor, items: Iterator[_Tokens]) -> Iterator[_Tokens]:
-    """The items, each next one being made in the background."""
-    pending = background.submit(next, items, None)
-    while (item := pending.result()) is not None:
-        pending = background.submit(next, items, None)
-        yield item
+    def complete(self, summary: Summary) -> Summary:
+        """The summary with what only this runner knows."""
+        if self._estimate is not None:
+            summary.estimated_tokens = self._estimate.tokens
+            summary.estimated_seconds = self._estimate.seconds
+            summary.estimated_cost = self._estimate.cost
+        if self._ledger.embedding_seconds:
+            summary.waiting_share = round(self._waited / self._ledger.embedding_seconds, 4)
+        return summary
 
+    def _encode(self, prepared: Prepared, meter: _Meter) -> Computed:
+        ledger, tokens = self._ledger, len(prepared.tokenised.tokens.ids)
+        self._check()
+        ledger.reserve(tokens)
+        meter.start_shard(prepared)
 
-def _check_stop(stop: threading.Event | None) -> None:
-    if stop is not None and stop.is_set():
-        raise Interrupted
+        def on_batch(batch_tokens: int) -> None:
+            ledger.spend(batch_tokens)
+            self._watcher.progressed(meter.batch(batch_tokens, ledger.embedding_seconds))
+            if meter.shard_tokens < tokens:  # what is complete is worth writing
+                self._check()
+                ledger.check()
+
+        computed = self._stage.encode(prepared, on_batch)
+        first_rate = ledger.rate is None
+        meter.end_shard(computed)
+        ledger.measure()
+        if first_rate and ledger.rate is not None:
+            self._watcher.estimated(ledger.estimate(self._total_rows, meter.total_tokens))
+        return computed
+
+    def _write(self, computed: Computed) -> ShardResult:
+        result = self._stage.write(computed)
+        self._ledger.save()
+        return result
+
+    def _check(self) -> None:
+        if self._stop.is_set():
+            raise _Interrupted
 
 
 class _Meter:
-    """Counts tokens as batches are handed out, reports progress and notices the wish to stop."""
+    """How far the run is."""
 
-    def __init__(
-        self,
-        report: Callable[[Progress], None],
-        stop: threading.Event | None,
-        chunks: int,
-        shard_count: int,
-    ) -> None:
-        self._report = report
-        self._stop = stop
-        self._chunks = chunks
-        self._shard_count = shard_count
-        self._seen_chunks = 0
-        self._seen_tokens = 0
-        self._shard = 0
-        self._started = time.perf_counter()
-        self.tokens = 0
+    def __init__(self, shard_count: int, total_rows: int) -> None:
+        self._shards, self._total_rows = shard_count, total_rows
+        self._shard = self._shard_rows = self._shard_size = 0
+        self._rows = self._tokens = 0
+        self._seen_rows = self._seen_tokens = 0
+        self._padded = self._padded_from = 0
+        self.shard_tokens = 0
+        """Done of the shard at hand."""
 
     @property
-    def seconds(self) -> float:
-        return time.perf_counter() - self._started
+    def total_tokens(self) -> int:
+        """By the mean of the texts seen so far."""
+        return self._seen_tokens * self._total_rows // max(1, self._seen_rows)
 
-    def shard_tokenised(self, tokenised: Tokenised) -> None:
+    def start_shard(self, prepared: Prepared) -> None:
         self._shard += 1
-        self._seen_chunks += len(tokenised.rows)
-        self._seen_tokens += sum(len(row) for row in tokenised.rows if row is not None)
+        self._shard_rows, self._shard_size = len(prepared.keys), len(prepared.tokenised.tokens.ids)
+        self._seen_rows += self._shard_rows
+        self._seen_tokens += self._shard_size
+        self.shard_tokens = 0
 
-    def batch(self, tokens: int) -> None:
-        _check_stop(self._stop)
-        total = self._seen_tokens * self._chunks // max(1, self._seen_chunks)
-        self.tokens += tokens
-        self._report(Progress(self.tokens, total, self.seconds, self._shard, self._shard_count))
+    def batch(self, tokens: int, seconds: float) -> Progress:
+        self._tokens += tokens
+        self.shard_tokens += tokens
+        rows = self._rows + self._shard_rows * self.shard_tokens // max(1, self._shard_size)
+        return Progress(
+            rows,
+            self._total_rows,
+            self._tokens,
+            self.total_tokens,
+            seconds,
+            self._shard,
+            self._shards,
+            padding_share(self._padded_from, self._padded),
+        )
+
+    def end_shard(self, computed: Computed) -> None:
+        self._rows += self._shard_rows
+        self._padded_from += self._shard_size
+        self._padded += computed.encoded.padded_tokens
+
+
+def padding_share(tokens: int, computed: int) -> float:
+    """Rows that are computed once for several texts can make fewer tokens computed than there are."""
+    return round(max(0.0, 1 - tokens / computed), 4) if computed else 0.0
+
+
+def _unsound(vectors: npt.NDArray[np.float32], expected: int, model: Model) -> list[str]:
+    found = []
+    if vectors.shape != (expected, model.dimensions):
+        found.append(f"vectors of shape {vectors.shape}, expected {(expected, model.dimensions)}")
+    if not np.isfinite(vectors).all():
+        found.append("a vector is not finite")
+    norms = np.linalg.norm(vectors, axis=1)
+    if model.normalize and len(norms) and np.abs(norms - 1).max() > 1e-3:
+        found.append(f"a vector has length {norms[np.abs(norms - 1).argmax()]:.4f} instead of 1")
+    return found

@@ -19,19 +19,24 @@ if TYPE_CHECKING:
 CONTRACT_VERSION = 1
 """Raised when the same model folder and text would give vectors that must not be mixed with earlier ones."""
 
+CHUNK_ID = "chunk_id"
 CONTENT_HASH = "content_hash"
 TEXT = "text"
 VECTOR = "vector"
 ERROR = "error"
+ATTEMPTS = "attempts"
+NEXT_ATTEMPT_AT = "next_attempt_at"
 
 FAILURES_FILE = "failures.parquet"
 PLAN_FILE = "plan.json"
+RUN_FILE = "run.json"
 LOCK_FILE = ".lock"
 SHARD_PATTERN = "[0-9a-f]" * 32 + ".parquet"
 
 META_FINGERPRINT = b"embedder.fingerprint"
 META_RELEASE = b"embedder.release"
 META_ENGINE = b"embedder.engine"
+META_DEVICE = b"embedder.device"
 META_DTYPE = b"embedder.dtype"
 META_FAILURES = b"embedder.failures"
 
@@ -40,6 +45,7 @@ CHECK_VECTORS_ARE_SOUND = "vectors_are_sound"
 EXIT_OK = 0
 EXIT_BAD_INPUT = 2
 EXIT_SOME_FAILED = 3
+EXIT_OVER_BUDGET = 4
 EXIT_INTERRUPTED = 130
 
 

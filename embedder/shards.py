@@ -17,8 +17,10 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -32,30 +34,43 @@ from embedder import protocol
 from embedder.model import canonical, release_id
 from embedder.protocol import EmbedderError
 
-SHARD_SIZE = 4096
+SHARD_SIZES = {"cpu": 4096, "cuda": 65_536}
+"""Device -> texts per shard: seconds of work each, which is what a killed run can lose."""
 
-FAILURE_SCHEMA = pa.schema([(protocol.CONTENT_HASH, pa.string()), (protocol.ERROR, pa.string())])
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Shard:
-    """One unit of work: keys in first-seen order and the input rows that hold their texts."""
+    """One unit of work, small enough to be sent to another process: which rows of the input, under which name."""
 
+    number: int
+    """From 0, in the order of the input."""
     shard_id: str
-    keys: list[str]
+    """The hash of the fingerprint and of the rows' keys in order, so it proves that the right rows were read."""
     rows: npt.NDArray[np.int64]
+    """Rising row numbers, each the first row with its key."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All shards of a run, and which of them an earlier, killed attempt has already finished."""
+    """All shards of a work, and which of them an earlier, killed attempt has already finished."""
 
+    work: str
+    """Names what is to be done: input keys, fingerprint, settings that decide results."""
+    planned_at: datetime
+    """When the first attempt at this work decided which failed texts are due."""
     shards: list[Shard]
     finished: frozenset[str]
     distinct: int
     """Distinct keys of the input."""
     present: int
     """Distinct keys of the input that earlier runs had embedded."""
+    parked: frozenset[str]
+    """Keys of the input that are left out because they failed and are not due yet."""
+
+    @property
+    def missing(self) -> list[Shard]:
+        """The shards still to be made."""
+        return [shard for shard in self.shards if shard.shard_id not in self.finished]
 
 
 @contextlib.contextmanager
@@ -83,7 +98,7 @@ def locked(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator
             else:
                 break
         for path in folder.glob(".*.tmp"):
-            path.unlink()
+            path.unlink(missing_ok=True)
         yield
 
 
@@ -98,41 +113,57 @@ def distinct_rows(keys: pa.ChunkedArray) -> tuple[pa.Array, npt.NDArray[np.int64
     return encoded.dictionary, first.astype(np.int64)
 
 
+def among(keys: pa.ChunkedArray, wanted: Collection[str]) -> frozenset[str]:
+    """Those of `wanted` that are among the keys of the input."""
+    candidates = pa.array(list(wanted), pa.large_string())
+    return frozenset(keys.filter(pc.is_in(keys, value_set=candidates)).to_pylist())
+
+
 def make_plan(
     folder: Path,
     fingerprint: dict[str, Any],
     keys: pa.ChunkedArray,
     *,
-    shard_size: int = SHARD_SIZE,
+    now: datetime,
+    parked: Callable[[datetime], Collection[str]] = lambda _now: (),
+    shard_size: int = SHARD_SIZES["cpu"],
+    policy: str = "",
     say: Callable[[str], None] = lambda _line: None,
 ) -> Plan:
     """Decide what is to be embedded, and record it in `plan.json`. Needs the lock.
 
-    Keys in the folder's shards of this fingerprint are left out. When `plan.json` is of this very work and the
-    folder has changed since by nothing but shards of this work, the earlier decision is kept: the result is then
-    the same, byte for byte, as if the work had never been interrupted. Otherwise everything present counts,
-    so no key is embedded twice. A shard file that cannot be read is renamed to `*.unreadable` and said.
+    Keys in the folder's shards of this fingerprint are left out, and those that `parked` names at the time of the
+    decision. When `plan.json` is of this very work and the folder has since gained shards of this work and no
+    others, the earlier decision is kept, its time included: the result is then the same, byte for byte, as if the
+    work had never been interrupted. Otherwise everything present counts, so no key is embedded twice. `policy`
+    stands for further settings that make it another work. A shard file that cannot be read is renamed to
+    `*.unreadable` and said.
     """
     distinct, rows = distinct_rows(keys)
     existing = _existing_keys(folder, fingerprint, say)
-    work = hashlib.sha256(
-        json.dumps([canonical(fingerprint), shard_size, distinct.to_pylist()]).encode()
-    ).hexdigest()
+    work = _work_id([canonical(fingerprint), shard_size, policy], distinct)
 
-    earlier = _planned_earlier(folder, work)
-    if earlier is not None and earlier <= existing.keys():
-        shards, present = _cut(fingerprint, distinct, rows, [existing[name] for name in earlier], shard_size)
-        finished = existing.keys() - earlier
-        if finished <= {shard.shard_id for shard in shards}:
-            return Plan(shards, frozenset(finished), len(distinct), present)
+    def plan_of(earlier: Collection[str], planned_at: datetime) -> Plan:
+        done = _is_in(distinct, [existing[name] for name in earlier])
+        left_out = _is_in(distinct, [pa.array(list(parked(planned_at)), pa.large_string())]) & ~done
+        shards = _cut(fingerprint, distinct, rows, ~(done | left_out), shard_size)
+        finished = frozenset(existing.keys() - earlier)
+        resting = frozenset(distinct.filter(pa.array(left_out)).to_pylist())
+        return Plan(work, planned_at, shards, finished, len(distinct), int(done.sum()), resting)
 
-    shards, present = _cut(fingerprint, distinct, rows, list(existing.values()), shard_size)
-    if shards:
-        plan = json.dumps({"work": work, "earlier": sorted(existing)}).encode()
-        _write_atomically(folder / protocol.PLAN_FILE, lambda path: _write_bytes(path, plan))
+    recorded = _planned_earlier(folder, work)
+    if recorded is not None and recorded[0] <= existing.keys():
+        plan = plan_of(*recorded)
+        if plan.finished and plan.finished <= {shard.shard_id for shard in plan.shards}:
+            return plan
+
+    plan = plan_of(existing.keys(), now)
+    if plan.shards:
+        decision = {"work": work, "earlier": sorted(existing), "planned_at": now.isoformat()}
+        write_bytes(folder / protocol.PLAN_FILE, json.dumps(decision).encode())
     else:
         end_plan(folder)
-    return Plan(shards, frozenset(), len(distinct), present)
+    return plan
 
 
 def end_plan(folder: Path) -> None:
@@ -149,73 +180,96 @@ def shard_id(fingerprint: dict[str, Any], keys: Sequence[str]) -> str:
 def write_shard(
     folder: Path,
     shard: Shard,
+    keys: Sequence[str],
     vectors: npt.NDArray[np.float32],
     failures: dict[str, str],
     *,
+    chunk_ids: pa.Array | None = None,
     fingerprint: dict[str, Any],
     engine: str,
+    device: str,
     dtype: str,
 ) -> None:
-    """Write one shard: `vectors` are float32[n, d] for the keys that are not in `failures`, in order.
+    """Write one shard: `vectors` are float32[n, d] for its `keys`, and `chunk_ids` as many strings.
 
     The failures (key: error) go into the file's metadata, so that a resumed run can report them. A shard in
     which every key failed is not written. Bytes depend only on the arguments.
     """
-    good = [key for key in shard.keys if key not in failures]
-    if not good:
+    if not len(keys):
         return
     flat = pa.array(np.ascontiguousarray(vectors, np.float32).reshape(-1))
     column = pa.FixedSizeListArray.from_arrays(flat, vectors.shape[1])
-    schema = pa.schema(
-        [
-            pa.field(protocol.CONTENT_HASH, pa.string(), nullable=False),
-            pa.field(protocol.VECTOR, column.type, nullable=False),
-        ],
-        metadata={
-            protocol.META_FINGERPRINT: canonical(fingerprint).encode(),
-            protocol.META_RELEASE: release_id(fingerprint).encode(),
-            protocol.META_ENGINE: engine.encode(),
-            protocol.META_DTYPE: dtype.encode(),
-            protocol.META_FAILURES: json.dumps(failures, sort_keys=True).encode(),
-        },
-    )
-    table = pa.Table.from_arrays([pa.array(good, pa.string()), column], schema=schema)
-    _write_table(folder / f"{shard.shard_id}.parquet", table)
+    fields = [
+        pa.field(protocol.CONTENT_HASH, pa.string(), nullable=False),
+        pa.field(protocol.VECTOR, column.type, nullable=False),
+    ]
+    columns = [pa.array(keys, pa.string()), column]
+    if chunk_ids is not None:
+        fields.insert(0, pa.field(protocol.CHUNK_ID, pa.string()))
+        columns.insert(0, chunk_ids)
+    metadata = {
+        protocol.META_FINGERPRINT: canonical(fingerprint).encode(),
+        protocol.META_RELEASE: release_id(fingerprint).encode(),
+        protocol.META_ENGINE: engine.encode(),
+        protocol.META_DEVICE: device.encode(),
+        protocol.META_DTYPE: dtype.encode(),
+        protocol.META_FAILURES: json.dumps(failures, sort_keys=True).encode(),
+    }
+    table = pa.Table.from_arrays(columns, schema=pa.schema(fields, metadata=metadata))
+    write_table(_path(folder, shard.shard_id), table)
 
 
-def shard_failures(folder: Path, shard: Shard) -> dict[str, str]:
+def shard_failures(folder: Path, shard_id: str) -> dict[str, str]:
     """The failures recorded in a finished shard."""
-    metadata = protocol.shard_metadata(folder / f"{shard.shard_id}.parquet")
+    metadata = protocol.shard_metadata(_path(folder, shard_id))
     return dict(json.loads(metadata.get(protocol.META_FAILURES, b"{}")))
 
 
-def write_failures(folder: Path, failures: dict[str, str]) -> None:
-    """Replace `failures.parquet` by the failures of this run; no failure gives a file without rows."""
-    columns = [pa.array(list(failures), pa.string()), pa.array(list(failures.values()), pa.string())]
-    _write_table(folder / protocol.FAILURES_FILE, pa.Table.from_arrays(columns, schema=FAILURE_SCHEMA))
+def count_rows(folder: Path, shards: Sequence[Shard]) -> int:
+    """How many vectors the files of these shards hold; one that is not there holds none."""
+    paths = (_path(folder, shard.shard_id) for shard in shards)
+    return sum(pq.read_metadata(path).num_rows for path in paths if path.exists())
 
 
-def count_present(folder: Path, fingerprint: dict[str, Any], keys: pa.ChunkedArray) -> int:
-    """How many distinct keys of the input the folder's shards of this fingerprint hold."""
-    distinct, _rows = distinct_rows(keys)
-    existing = _existing_keys(folder, fingerprint, lambda _line: None)
-    return int(np.count_nonzero(_is_in(distinct, list(existing.values()))))
+def write_table(path: Path, table: pa.Table) -> None:
+    """Replace a Parquet file at once: `path` holds its old content or all of the new, whatever happens."""
+    # Hashes and floats repeat too little for dictionaries to pay.
+    _write(path, lambda temporary: pq.write_table(table, temporary, compression="zstd", use_dictionary=False))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace a small file at once, see `write_table`."""
+    _write(path, lambda temporary: temporary.write_bytes(data))
+
+
+def _work_id(parts: list[Any], keys: pa.Array) -> str:
+    """Depends on the parts, the keys and their order. Hashes Arrow's own memory: there may be millions."""
+    found = hashlib.sha256(json.dumps([*parts, len(keys)]).encode())
+    if len(keys):
+        ends = np.frombuffer(keys.buffers()[1], np.int64, len(keys) + 1)
+        found.update(ends.tobytes())
+        found.update(memoryview(keys.buffers()[2])[: ends[-1]])
+    return found.hexdigest()
+
+
+def _path(folder: Path, shard_id: str) -> Path:
+    return folder / f"{shard_id}.parquet"
 
 
 def _cut(
     fingerprint: dict[str, Any],
     distinct: pa.Array,
     rows: npt.NDArray[np.int64],
-    done: list[pa.Array],
+    wanted: npt.NDArray[np.bool_],
     shard_size: int,
-) -> tuple[list[Shard], int]:
-    pending = np.flatnonzero(~_is_in(distinct, done))
+) -> list[Shard]:
+    pending = np.flatnonzero(wanted)
     shards = []
-    for start in range(0, len(pending), shard_size):
+    for number, start in enumerate(range(0, len(pending), shard_size)):
         chosen = pending[start : start + shard_size]
         keys = distinct.take(pa.array(chosen)).to_pylist()
-        shards.append(Shard(shard_id(fingerprint, keys), keys, rows[chosen]))
-    return shards, len(distinct) - len(pending)
+        shards.append(Shard(number, shard_id(fingerprint, keys), rows[chosen]))
+    return shards
 
 
 def _is_in(keys: pa.Array, done: list[pa.Array]) -> npt.NDArray[np.bool_]:
@@ -239,41 +293,36 @@ def _existing_keys(
             path.replace(aside)
             say(f"{error}; moved aside to {aside.name}, its texts are embedded again")
             continue
-        existing[path.stem] = pa.concat_arrays(keys.cast(pa.large_string()).chunks)
+        existing[path.stem] = keys.cast(pa.large_string()).combine_chunks()
     return existing
 
 
-def _planned_earlier(folder: Path, work: str) -> set[str] | None:
+def _planned_earlier(folder: Path, work: str) -> tuple[set[str], datetime] | None:
     try:
         plan = json.loads((folder / protocol.PLAN_FILE).read_bytes())
-    except (FileNotFoundError, ValueError):
+        if plan["work"] != work:
+            return None
+        return set(plan["earlier"]), datetime.fromisoformat(plan["planned_at"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    if not isinstance(plan, dict) or plan.get("work") != work or not isinstance(plan.get("earlier"), list):
-        return None
-    return set(plan["earlier"])
 
 
-def _write_table(path: Path, table: pa.Table) -> None:
-    # Hashes and floats repeat too little for dictionaries to pay.
-    def write(temporary: Path) -> None:
-        pq.write_table(table, temporary, compression="zstd", use_dictionary=False)
-
-    _write_atomically(path, write)
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
-
-
-def _write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """`path` holds its old content or the whole new one, also after a loss of power."""
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    write(temporary)
-    with temporary.open("rb") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    # Not named by the process: several machines may share the folder.
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
     try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        write(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise EmbedderError(
+            f"{path} cannot be written ({error.strerror or error}); make room or name another --output folder, "
+            "then run the same command again: finished shards stay"
+        ) from error

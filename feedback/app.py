@@ -11,6 +11,7 @@ from typing import Any
 from starlette.responses import HTMLResponse
 
 from feedback import admin, capture, compat, log, metrics, openapi, pages, state, tokens, widget
+from feedback import search as searching
 from feedback.front import Front
 from feedback.http import install_errors
 from feedback.service import Service
@@ -19,7 +20,7 @@ _DOCS = Path(__file__).with_name("docs.html")
 _DOCS_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
 
 # Each room brings its routes, plain Starlette made from the service, and their description.
-ROOMS = (capture, compat, tokens, state, widget, metrics, pages)
+ROOMS = (capture, compat, tokens, state, searching, widget, metrics, pages)
 
 
 def create_app(
@@ -32,7 +33,7 @@ def create_app(
     """The service over the database at ``database_url`` (libpq form).
 
     ``pseudonym_key`` turns people's ids into pseudonyms; with another key the same person looks like another one.
-    Pages of ``allowed_origins`` may call the API. ``search`` names the ask page's function, as ``module:function``.
+    Pages of ``allowed_origins`` may call the API. ``search`` names the function behind searches, as ``module:function``.
     """
     service = Service(database_url, pseudonym_key, search, _observe)
     app = Front(
@@ -75,7 +76,7 @@ def create_app(
     async def docs_page() -> HTMLResponse:
         return HTMLResponse(docs, headers={"Content-Security-Policy": _DOCS_POLICY})
 
-    openapi.install(app, paths)
+    openapi.install(app, paths, searching.SCHEMAS)
     return app
 
 

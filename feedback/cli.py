@@ -60,12 +60,12 @@ def serve(
         str | None,
         typer.Option(
             envvar="DATAMOAT_SEARCH",
-            help="Function behind the ask page, as MODULE:FUNCTION; none by default.",
+            help="Function behind /v1/search and the ask page, as MODULE:FUNCTION; none by default.",
         ),
     ] = None,
 ) -> None:
     """Serve the HTTP API and the pages until interrupted."""
-    from feedback.pages.ask import check_search
+    from feedback.search import check_search
     from feedback.secret import ensure_secret
     from feedback.server import PortTaken
     from feedback.server import serve as run

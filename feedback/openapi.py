@@ -3,7 +3,7 @@
 Belongs here: the OpenAPI document. Does not belong here: the page that shows it (``docs.html``), behaviour.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -51,29 +51,33 @@ _SECURITY: list[dict[str, list[str]]] = [{"bearer": []}, {"api_key": []}]
 _REF = "#/components/schemas/{name}"
 
 
-def install(app: FastAPI, paths: Mapping[str, Any]) -> None:
-    """Make ``app`` describe ``paths`` (what its plain routes take and answer) beside those FastAPI knows."""
+def install(app: FastAPI, paths: Mapping[str, Any], schemas: Sequence[type[msgspec.Struct]]) -> None:
+    """Make ``app`` describe ``paths`` (what its plain routes take and answer) beside those FastAPI knows.
+
+    ``schemas`` are structs that the paths refer to, besides those of capture.
+    """
 
     def document() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = _document(app, paths)
+            app.openapi_schema = _document(app, paths, schemas)
         return app.openapi_schema
 
     app.openapi = document  # type: ignore[method-assign]
 
 
-def _document(app: FastAPI, paths: Mapping[str, Any]) -> dict[str, Any]:
+def _document(
+    app: FastAPI, paths: Mapping[str, Any], schemas: Sequence[type[msgspec.Struct]]
+) -> dict[str, Any]:
     document = get_openapi(
         title=app.title, version=app.version, description=app.description, routes=app.routes
     )
-    types = (Interaction, FeedbackEvent, ItemResult, BatchResult, ErrorBody)
+    types = (Interaction, FeedbackEvent, ItemResult, BatchResult, ErrorBody, *schemas)
     _, components = msgspec.json.schema_components(types, ref_template=_REF)
     document["paths"] = {**paths, **document["paths"]}
     for operation in (one for methods in document["paths"].values() for one in methods.values()):
         if "401" in operation["responses"]:
             operation.setdefault("security", _SECURITY)
-    schemas = document.setdefault("components", {}).setdefault("schemas", {})
-    schemas.update(components)
+    document.setdefault("components", {}).setdefault("schemas", {}).update(components)
     document["components"]["securitySchemes"] = {
         "bearer": {"type": "http", "scheme": "bearer"},
         "api_key": {"type": "apiKey", "in": "header", "name": "X-API-Key"},

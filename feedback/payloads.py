@@ -187,7 +187,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 def parse_interaction(raw: bytes) -> Interaction:
     """Validate one interaction from its JSON. Raises PayloadError."""
-    item: Interaction = _decode(_interactions, raw)
+    item: Interaction = decode(_interactions, raw)
     item.occurred_at = _in_utc(item.occurred_at)
     for index, passage in enumerate(item.retrieved or ()):
         if passage.document_id is None and passage.chunk_id is None:
@@ -205,7 +205,7 @@ def parse_event(raw: bytes, bind: Callable[[FeedbackEvent], None] | None = None)
 
     ``bind`` may fill or refuse fields before the rules between fields are checked. Raises PayloadError.
     """
-    item: FeedbackEvent = _decode(_events, raw)
+    item: FeedbackEvent = decode(_events, raw)
     if bind is not None:
         bind(item)
     item.occurred_at = _in_utc(item.occurred_at)
@@ -314,7 +314,8 @@ def _lenient(body: bytes) -> Any:
         raise PayloadError(f"Malformed JSON: {error}", code="malformed_json", remedy=remedy) from None
 
 
-def _decode(decoder: "msgspec.json.Decoder[Any]", raw: bytes) -> Any:
+def decode(decoder: "msgspec.json.Decoder[Any]", raw: bytes) -> Any:
+    """What ``decoder`` makes of one JSON text that Postgres can hold. Raises PayloadError, naming the field."""
     try:
         item = decoder.decode(raw)
     except msgspec.ValidationError as error:

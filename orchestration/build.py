@@ -16,7 +16,7 @@ from dagster_dbt import DbtCliResource, DbtProject
 
 from assets.datasets.assets import dataset_assets
 from assets.documents.assets import REDACTION, document_assets, redaction_asset
-from assets.embeddings.assets import embedding_assets
+from assets.embeddings.assets import candidate_assets, embedding_assets, embedding_checks
 from assets.evaluation.assets import evaluation_assets
 from assets.quality.assets import source_checks
 from assets.review.assets import review_queues_asset
@@ -29,6 +29,7 @@ from orchestration import jobs
 from orchestration.automation import gated_eager
 from orchestration.console import moat_logger
 from orchestration.prepare import dbt_project, dbt_variables
+from orchestration.releases import comparison
 from orchestration.resources import resources
 from orchestration.settings import Settings
 from sensors.feedback_review import feedback_review_sensor
@@ -58,24 +59,36 @@ def build_defs(settings: Settings, overrides: Mapping[str, Any] | None = None) -
     models = warehouse_assets(project, days, dbt_variables(settings))
     daily = dg.AssetSelection.assets(*(model for model in models if model.partitions_def is not None))
     corpus, marts, review = jobs.corpus_job(), jobs.marts_job(daily), jobs.review_job()
-    feedback_day = jobs.feedback_day_job(daily, REDACTION)
+    feedback_day, embed = jobs.feedback_day_job(daily, REDACTION), jobs.embed_job()
     assets: list[Any] = [
         *source_assets(contracts, errors),
         *document_assets(contracts),
-        *embedding_assets(contracts, settings.embedding_model),
+        *embedding_assets(contracts, settings.embedding_model, settings.embedding_options),
+        *candidate_assets(
+            contracts, settings.embedding_candidate, comparison(contracts), settings.embedding_options
+        ),
         *shared_tables(contracts),
         *feedback_log(),
         redaction_asset(),
         review_queues_asset(),
         *models,
         *dataset_assets(contracts),
-        *evaluation_assets(contracts, settings.embedding_model),
+        *evaluation_assets(contracts),
     ]
     by_sensor = jobs.fold_of(daily).resolve(models)
     return dg.Definitions(
         assets=[_automated(asset, by_sensor) for asset in assets],
-        asset_checks=[*source_checks(contracts), every_day_is_folded],
-        jobs=[corpus, feedback_day, marts, review, jobs.retention],
+        asset_checks=[*source_checks(contracts), *embedding_checks(contracts), every_day_is_folded],
+        jobs=[
+            corpus,
+            embed,
+            feedback_day,
+            marts,
+            review,
+            jobs.retention,
+            jobs.index_upkeep,
+            jobs.promote_release,
+        ],
         schedules=jobs.schedules(corpus, marts),
         sensors=[
             new_feedback_sensor(feedback_day, days),

@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -22,7 +23,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     help="The private data-and-feedback loop around an AI product, on machines you own.",
-    epilog="Settings come from the environment: EXAMPLE, DATABASE_URL, DATAMOAT_HOME, DATAMOAT_DATA_DIR, EMBEDDING_MODEL, DATAMOAT_FEEDBACK_MIN_EVENTS, DATAMOAT_FEEDBACK_MAX_AGE_HOURS.",
+    epilog="Settings come from the environment: EXAMPLE, DATABASE_URL, DATAMOAT_HOME, DATAMOAT_DATA_DIR, EMBEDDING_MODEL, EMBEDDING_CANDIDATE, RERANK_MODEL, EMBEDDING_PRICE_PER_HOUR, EMBEDDING_MAX_COST, DATAMOAT_FEEDBACK_MIN_EVENTS, DATAMOAT_FEEDBACK_MAX_AGE_HOURS.",
     pretty_exceptions_enable=False,
 )
 
@@ -31,7 +32,7 @@ def main() -> None:
     """Entry point: known errors become one sentence and exit code 1."""
     import psycopg
 
-    from assets.embeddings.index import NotLive
+    from assets.embeddings.registry import ReleaseError
     from assets.sources.contract import ContractError
     from embedder.protocol import EmbedderError
     from feedback.client import SendFailed
@@ -53,7 +54,7 @@ def main() -> None:
         EmbeddedPostgresError,
         ServiceError,
         EmbedderError,
-        NotLive,
+        ReleaseError,
         SendFailed,
         psycopg.OperationalError,
         FileNotFoundError,
@@ -221,16 +222,38 @@ def search(
     question: Annotated[str, typer.Argument(help="What to look for, in plain words.")],
     k: Annotated[int, typer.Option("-k", help="How many passages.", min=1, max=100)] = 5,
     mode: Annotated[str, typer.Option(help="hybrid, vector or text.")] = "hybrid",
+    filters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter",
+            metavar="FIELD=VALUE",
+            help="By source, document, path (a prefix), media_type, title or heading (contained). May be repeated:"
+            " of one field any may match, and every field must.",
+        ),
+    ] = None,
+    explain: Annotated[bool, typer.Option(help="Say what each score is made of.")] = False,
+    rerank: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="A cross-encoder for the best 50; default: RERANK_MODEL."),
+    ] = None,
 ) -> None:
     """Ask the index: the best passages for a question, with their sources."""
     from orchestration.screen import Screen
-    from orchestration.search import show_search
+    from orchestration.search import FILTERS, show_search
 
     if not question.strip():
         raise typer.BadParameter("ask something", param_hint="QUESTION")
     if mode not in ("hybrid", "vector", "text"):
         raise typer.BadParameter("choose hybrid, vector or text", param_hint="--mode")
-    if not show_search(_settings(), Screen(sys.stdout), question, k, mode):
+    wanted: dict[str, list[str]] = {}
+    for one in filters or ():
+        field, equals, value = one.partition("=")
+        if field not in FILTERS or not equals:
+            raise typer.BadParameter(
+                f"{one}: give FIELD=VALUE with one of {', '.join(FILTERS)}", param_hint="--filter"
+            )
+        wanted.setdefault(field, []).append(value)
+    if not show_search(_settings(), Screen(sys.stdout), question, k, mode, wanted, explain, rerank):
         raise typer.Exit(1)
 
 
@@ -244,6 +267,98 @@ def sql(
 
     if not show_query(_settings(), Screen(sys.stdout), query):
         raise typer.Exit(1)
+
+
+evaluate_app = typer.Typer(no_args_is_help=True, help="Measure what was built on golden sets.")
+app.add_typer(evaluate_app, name="evaluate")
+
+
+@evaluate_app.command()
+def retrieval(
+    golden: Annotated[str | None, typer.Option(help="A golden set's source; default: all.")] = None,
+    mode: Annotated[str | None, typer.Option(help="hybrid, vector or text; default: all three.")] = None,
+    release: Annotated[str | None, typer.Option(help="Live or not; default: the live one.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another release, compared question by question (paired bootstrap).")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """nDCG@10, recall@10 and @100 and RR@10 of a release on golden sets. The figures are kept in registry.evaluation."""
+    from assets.evaluation.compare import MODES
+    from orchestration.evaluate import evaluate_retrieval
+    from orchestration.screen import Screen
+
+    modes = [one for one in MODES if mode in (None, one)]
+    if not modes:
+        raise typer.BadParameter("choose hybrid, vector or text", param_hint="--mode")
+    evaluate_retrieval(_settings(), Screen(sys.stdout), golden, modes, release, against, as_json)
+
+
+release_app = typer.Typer(
+    no_args_is_help=True,
+    help="Embedding releases: a model's vectors of the corpus. One is live; another is built beside it and promoted.",
+)
+app.add_typer(release_app, name="release")
+
+Name = Annotated[str, typer.Argument(metavar="RELEASE", help="Its name, as 'moat release list' says.")]
+Why = Annotated[str, typer.Option("--why", help="The reason; it is kept, with your name.")]
+
+
+@release_app.command("list")
+def list_releases() -> None:
+    """Every release: its state, what it lacks, whether it may be promoted; and the last promotions."""
+    from orchestration.releases import show_releases
+    from orchestration.screen import Screen
+
+    show_releases(_settings(), Screen(sys.stdout))
+
+
+@release_app.command()
+def check(release: Name) -> None:
+    """Check a release against the live one and keep the outcome; exit code 1 if it may not be promoted."""
+    from orchestration.releases import check_release
+    from orchestration.screen import Screen
+
+    if not check_release(_settings(), Screen(sys.stdout), release):
+        raise typer.Exit(1)
+
+
+@release_app.command()
+def promote(
+    release: Name,
+    why: Why,
+    force: Annotated[bool, typer.Option(help="Although its checks object.")] = False,
+) -> None:
+    """Make a release the one that is searched, at once and without stopping anybody. It is embedded with from then on."""
+    from orchestration.releases import promote_release
+    from orchestration.screen import Screen
+
+    promote_release(_settings(), Screen(sys.stdout), release, why, force)
+
+
+@release_app.command()
+def rollback(why: Why) -> None:
+    """Go back to the release that was live before the live one was promoted."""
+    from orchestration.releases import roll_back
+    from orchestration.screen import Screen
+
+    roll_back(_settings(), Screen(sys.stdout), why)
+
+
+@release_app.command()
+def drop(
+    release: Annotated[str | None, typer.Argument(metavar="RELEASE", help="Its name.")] = None,
+    retired_days: Annotated[
+        float | None, typer.Option(min=0, help="All that have been retired for so many days.")
+    ] = None,
+) -> None:
+    """Delete a release that is not live, or all that were retired long ago. A rollback to it is not possible any more."""
+    from orchestration.releases import drop_releases
+    from orchestration.screen import Screen
+
+    if (release is None) == (retired_days is None):
+        raise typer.BadParameter("name one release, or give --retired-days", param_hint="RELEASE")
+    drop_releases(_settings(), Screen(sys.stdout), release, retired_days)
 
 
 def _of_this_deployment() -> None:

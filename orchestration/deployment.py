@@ -6,6 +6,9 @@ besides databases and keys (see prepare).
 
 from __future__ import annotations
 
+import getpass
+import os
+
 from psycopg import sql
 
 from feedback.secret import ensure_secret
@@ -42,6 +45,15 @@ def dagster_database(settings: Settings) -> Database:
 def pseudonym_key(settings: Settings) -> bytes:
     """The key of the pseudonyms and of redaction tokens; made on first use."""
     return ensure_secret(settings.pseudonym_key_file)[0]
+
+
+def person() -> str:
+    """Who works at this machine, as the operating system names them."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError):
+        # A user id without a name, as in some containers.
+        return f"user {os.getuid()}"
 
 
 def analyst_login(database: Database) -> str:

@@ -1,6 +1,7 @@
 """Jobs and schedules: the selections people and the clock run.
 
-Belongs here: selections, and the upkeep of Dagster's own storage. Does not belong here: asset bodies.
+Belongs here: selections, and jobs that are no assets: the upkeep of Dagster's own storage and of the index, promotion.
+Does not belong here: asset bodies.
 """
 
 from datetime import UTC, datetime, timedelta
@@ -9,8 +10,11 @@ from typing import Any
 import dagster as dg
 import psycopg
 
+from assets.embeddings.registry import ReleaseError, promote
+from assets.embeddings.upkeep import keep_up
 from orchestration.gates import open_assets
 from storage.database import Database
+from storage.warehouse import WRITER, Warehouse
 
 CORPUS_GROUPS = ("sources", "documents", "embeddings")
 MODEL_GROUPS = ("staging", "intermediate", "marts")
@@ -39,6 +43,15 @@ def corpus_job() -> Any:
         description="Land every source, gate it, parse, redact, chunk, embed and index what changed.",
         # Sources side by side.
         executor_def=dg.multiprocess_executor,
+    )
+
+
+def embed_job() -> Any:
+    """From chunks to the searchable index, on demand."""
+    return dg.define_asset_job(
+        "embed",
+        selection=dg.AssetSelection.groups("embeddings"),
+        description="Export chunks, embed those that have no vector yet, and bring the index up to date.",
     )
 
 
@@ -100,8 +113,56 @@ def retention() -> None:
     purge_event_log()
 
 
+@dg.op(
+    pool="warehouse",
+    description="Rebuild graphs that lost rows, then vacuum, without stopping readers or writers.",
+)
+def keep_up_releases(context: dg.OpExecutionContext, warehouse: dg.ResourceParam[Warehouse]) -> None:
+    """See assets.embeddings.upkeep."""
+    with warehouse.database.connect(WRITER, autocommit=True, application_name="index upkeep") as connection:
+        reports = keep_up(connection)
+    for report in reports:
+        what = "graph rebuilt, table vacuumed" if report.rebuilt else "table vacuumed"
+        context.log.info(f"release {report.release}: {report.dead:,} dead rows, {what}")
+    if not reports:
+        context.log.info("no release lost enough rows to be worth it")
+
+
+@dg.job(description="Upkeep of the index: rebuild graphs that lost rows, then vacuum.")
+def index_upkeep() -> None:
+    """See keep_up_releases."""
+    keep_up_releases()
+
+
+class Promotion(dg.Config):
+    """Which release to make live, and why; ``force`` promotes it although its checks object."""
+
+    release: str
+    why: str
+    force: bool = False
+
+
+@dg.op(description="Make a release the one that is searched; 'moat release rollback' goes back.")
+def promote_to_live(
+    context: dg.OpExecutionContext, config: Promotion, warehouse: dg.ResourceParam[Warehouse]
+) -> None:
+    """See assets.embeddings.registry.promote."""
+    with warehouse.connect("promote release") as connection:
+        try:
+            promote(connection, config.release, f"Dagster run {context.run_id}", config.why, config.force)
+        except ReleaseError as error:
+            raise dg.Failure(description=str(error), allow_retries=False) from error
+    context.log.info(f"release {config.release} is live")
+
+
+@dg.job(description="Make a release that passed its checks the one that is searched.")
+def promote_release() -> None:
+    """See promote_to_live."""
+    promote_to_live()
+
+
 def schedules(corpus: Any, marts: Any) -> list[dg.ScheduleDefinition]:
-    """Nightly re-index and marts, weekly retention; times in UTC."""
+    """Nightly re-index and marts, weekly retention and upkeep of the index; times in UTC."""
     return [
         dg.ScheduleDefinition(
             name="nightly_reindex",
@@ -122,6 +183,13 @@ def schedules(corpus: Any, marts: Any) -> list[dg.ScheduleDefinition]:
             cron_schedule="0 4 * * 0",
             default_status=dg.DefaultScheduleStatus.RUNNING,
             description="Every Sunday: clean Dagster's own storage.",
+        ),
+        dg.ScheduleDefinition(
+            name="weekly_index_upkeep",
+            job=index_upkeep,
+            cron_schedule="0 5 * * 0",
+            default_status=dg.DefaultScheduleStatus.RUNNING,
+            description="Every Sunday: rebuild graphs that lost rows, then vacuum.",
         ),
     ]
 

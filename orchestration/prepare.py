@@ -5,7 +5,6 @@ Belongs here: everything that must exist before a run, each step safe to repeat.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import os
 import subprocess
@@ -19,7 +18,7 @@ import yaml
 from dagster_dbt import DbtProject
 
 from assets.documents.redact import Redactor
-from orchestration.deployment import dagster_database, ensure_analyst, open_warehouse, pseudonym_key
+from orchestration.deployment import dagster_database, ensure_analyst, open_warehouse, person, pseudonym_key
 from orchestration.settings import Settings
 from storage.database import Database, check
 from storage.lake import write_atomic
@@ -83,15 +82,6 @@ def prepare(settings: Settings, say: Callable[[str], None] = lambda _: None) -> 
         say("parsing the dbt project")
         write_manifest(settings)
     return Prepared(warehouse, dagster, migrations, api_key, person_key, _project_digest(settings))
-
-
-def person() -> str:
-    """Who works at this machine, as the operating system names them."""
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError):
-        # A user id without a name, as in some containers.
-        return f"user {os.getuid()}"
 
 
 def dagster_settings(runs: Path) -> dict[str, Any]:

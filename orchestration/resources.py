@@ -5,10 +5,12 @@ Belongs here: the mapping from resource keys. Does not belong here: how a deploy
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import dagster as dg
 
+from assets.embeddings.launch import launcher
 from orchestration.deployment import dagster_database, open_warehouse
 from orchestration.settings import Settings
 
@@ -18,5 +20,5 @@ def resources(settings: Settings) -> dict[str, Any]:
     return {
         "warehouse": dg.ResourceDefinition(lambda _: open_warehouse(settings)),
         "dagster_database": dg.ResourceDefinition(lambda _: dagster_database(settings)),
-        "pipes": dg.PipesSubprocessClient(),
+        "launcher": dg.ResourceDefinition(lambda _: launcher(os.environ)),
     }

@@ -20,6 +20,7 @@ from typing import Any
 
 import dagster as dg
 
+from assets.embeddings.assets import CANDIDATE_GROUP
 from orchestration.console import use_screen
 from orchestration.gates import closed_gates, descendants
 from orchestration.jobs import CORPUS_GROUPS
@@ -74,7 +75,8 @@ def one_at_a_time(settings: Settings, screen: Screen) -> Iterator[None]:
 
 
 def inputs_digest(settings: Settings, warehouse: Warehouse, source_files: Iterable[Path]) -> str:
-    """Digest of all that a turn depends on: source files, contracts, examples, code, model, the log's length.
+    """Digest of all that a turn depends on: source files, contracts, examples, code, model, the log's length,
+    promotions.
 
     Files are told by path, size and time of change, so that asking costs no reading; landing itself compares
     contents.
@@ -103,7 +105,9 @@ def inputs_digest(settings: Settings, warehouse: Warehouse, source_files: Iterab
     digest.update(f"{settings}".encode())
     with warehouse.connect("digest") as connection:
         log = connection.execute(
-            "select (select count(*) from feedback.interaction), (select count(*) from feedback.feedback_event)"
+            "select (select count(*) from feedback.interaction), (select count(*) from feedback.feedback_event),"
+            # The first release is promoted by the turn itself.
+            " (select count(*) from registry.promotion where previous is not null)"
         ).fetchone()
     digest.update(f"{log}".encode())
     return digest.hexdigest()
@@ -154,7 +158,10 @@ def turn(defs: dg.Definitions, prepared: Prepared, screen: Screen, log: Path, fu
     """
     done = Turn()
     graph = defs.resolve_asset_graph()
-    everything = graph.materializable_asset_keys
+    # A candidate release is built when a person says so.
+    everything = {
+        key for key in graph.materializable_asset_keys if graph.get(key).group_name != CANDIDATE_GROUP
+    }
     corpus = {key for key in everything if graph.get(key).group_name in CORPUS_GROUPS}
     known = _days(graph, everything).get_partition_keys()
     with dg.DagsterInstance.get() as instance:
@@ -227,7 +234,11 @@ def fold_days(
     Returns:
         Everything that failed or was left out.
     """
-    partitioned = {key for key in graph.materializable_asset_keys if graph.get(key).is_partitioned}
+    partitioned = {
+        key
+        for key in graph.materializable_asset_keys
+        if isinstance(graph.get(key).partitions_def, dg.TimeWindowPartitionsDefinition)
+    }
     daily = partitioned & selection
     after = (descendants(graph, partitioned) - partitioned) & selection
     before = selection - daily - after

@@ -41,7 +41,12 @@ class Settings:
         contracts: The team's own contracts (``DATAMOAT_CONTRACTS``, default ``<root>/contracts``).
         database_url: An external Postgres (``DATABASE_URL``); None runs the embedded one.
         data_dir: Public data sets that examples read (``DATAMOAT_DATA_DIR``, default ``<root>/../shared/data``).
-        embedding_model: A local model folder (``EMBEDDING_MODEL``); None takes the installed MiniLM.
+        embedding_model: A local model folder (``EMBEDDING_MODEL``); None takes the installed MiniLM. It decides which
+            release is the first; later the live one's model is served, and another takes its place by promotion.
+        embedding_candidate: The folder of a model to build a release with beside the live one (``EMBEDDING_CANDIDATE``).
+        embedding_price_per_hour: What an hour of the embedding job costs, in any unit (``EMBEDDING_PRICE_PER_HOUR``).
+        embedding_max_cost: The job stops there, in the same unit (``EMBEDDING_MAX_COST``).
+        rerank_model: Folder of a cross-encoder that puts what a search finds in order (``RERANK_MODEL``); None: none.
         start_date: The first daily partition (``DATAMOAT_START_DATE``, ``YYYY-MM-DD``).
         feedback_min_events: Feedback events that start a run of the training sets (``DATAMOAT_FEEDBACK_MIN_EVENTS``).
         feedback_max_age_hours: One event starts it after so long (``DATAMOAT_FEEDBACK_MAX_AGE_HOURS``).
@@ -57,6 +62,10 @@ class Settings:
     start_date: str = "2025-01-01"
     feedback_min_events: int = 100
     feedback_max_age_hours: float = 24
+    embedding_candidate: Path | None = None
+    rerank_model: Path | None = None
+    embedding_price_per_hour: float | None = None
+    embedding_max_cost: float | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Settings:
@@ -77,6 +86,12 @@ class Settings:
             raise SettingsError(
                 f"DATAMOAT_START_DATE={start_date}: give a day that has begun, such as 2025-01-01."
             )
+        price = _optional_number(environment, "EMBEDDING_PRICE_PER_HOUR", 4)
+        ceiling = _optional_number(environment, "EMBEDDING_MAX_COST", 100)
+        if ceiling is not None and price is None:
+            raise SettingsError(
+                f"EMBEDDING_MAX_COST={ceiling:g}: a ceiling needs a price; set EMBEDDING_PRICE_PER_HOUR as well."
+            )
         return cls(
             root=ROOT,
             home=Path(environment.get("DATAMOAT_HOME") or ROOT / ".datamoat").absolute(),
@@ -84,10 +99,14 @@ class Settings:
             contracts=Path(environment.get("DATAMOAT_CONTRACTS") or ROOT / "contracts").absolute(),
             database_url=environment.get("DATABASE_URL") or None,
             data_dir=Path(environment.get("DATAMOAT_DATA_DIR") or ROOT.parent / "shared" / "data").absolute(),
-            embedding_model=Path(model).absolute() if (model := environment.get("EMBEDDING_MODEL")) else None,
+            embedding_model=_folder(environment, "EMBEDDING_MODEL"),
             start_date=start_date,
             feedback_min_events=int(_number(environment, "DATAMOAT_FEEDBACK_MIN_EVENTS", 100, least=1)),
             feedback_max_age_hours=_number(environment, "DATAMOAT_FEEDBACK_MAX_AGE_HOURS", 24, least=0.1),
+            embedding_candidate=_folder(environment, "EMBEDDING_CANDIDATE"),
+            rerank_model=_folder(environment, "RERANK_MODEL"),
+            embedding_price_per_hour=price,
+            embedding_max_cost=ceiling,
         )
 
     @property
@@ -99,6 +118,15 @@ class Settings:
     def folder(self) -> Path:
         """Everything of this deployment that is not in Postgres."""
         return self.home / self.deployment
+
+    @property
+    def embedding_options(self) -> tuple[str, ...]:
+        """Arguments of the embedding job about money."""
+        options = (
+            ("--price-per-hour", self.embedding_price_per_hour),
+            ("--max-cost", self.embedding_max_cost),
+        )
+        return tuple(text for name, value in options if value is not None for text in (name, f"{value:g}"))
 
     @property
     def pseudonym_key_file(self) -> Path:
@@ -158,6 +186,15 @@ class Settings:
             "DATAMOAT_DATA_DIR": str(self.data_dir),
             "SITE_PACKAGES": sysconfig.get_paths()["purelib"],
         }
+
+
+def _folder(environment: Mapping[str, str], name: str) -> Path | None:
+    folder = environment.get(name)
+    return Path(folder).absolute() if folder else None
+
+
+def _optional_number(environment: Mapping[str, str], name: str, example: float) -> float | None:
+    return _number(environment, name, example, least=0) if environment.get(name) else None
 
 
 def _number(environment: Mapping[str, str], name: str, default: float, *, least: float) -> float:

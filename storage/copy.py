@@ -17,6 +17,8 @@ from psycopg import Connection, Cursor, sql
 
 ROWS = 65_536
 BYTES = 32 * 1024 * 1024
+# Vectors need no work but their conversion: in small blocks it stays in the cache, and the server does not wait for it.
+VECTOR_BYTES = 256 * 1024
 HEADER = b"PGCOPY\n\xff\r\n\0" + bytes(8)
 TRAILER = b"\xff\xff"
 # Days and microseconds from 1970-01-01 to 2000-01-01, where Postgres starts to count.
@@ -78,16 +80,16 @@ def copy_table(target: Connection[Any] | Cursor[Any], table: sql.Composable | st
 def copy_vectors(
     target: Connection[Any] | Cursor[Any],
     table: sql.Composable | str,
-    hashes: Sequence[str],
+    keys: NDArray[np.int32],
     vectors: NDArray[np.float32],
     type: Literal["halfvec", "vector"] = "halfvec",
 ) -> int:
-    """Append (content_hash, embedding) rows to ``table``, in the caller's transaction.
+    """Append (passage_no, embedding) rows to ``table``, in the caller's transaction.
 
     Args:
         target: Where to run COPY.
-        table: A table with columns content_hash text and embedding of pgvector's ``type``.
-        hashes: n keys.
+        table: A table with columns passage_no int and embedding of pgvector's ``type``.
+        keys: int32, shape (n,).
         vectors: float32, shape (n, d).
         type: The type of the embedding column.
 
@@ -98,28 +100,39 @@ def copy_vectors(
         ValueError: The shapes disagree, d is beyond pgvector's 16,000, or a value is not finite (for
             halfvec: beyond 65,504); Postgres would refuse the whole COPY half-way.
     """
-    if vectors.ndim != 2 or len(hashes) != len(vectors) or not 0 < vectors.shape[1] <= 16_000:
-        raise ValueError(f"{len(hashes)} hashes and vectors of shape {vectors.shape}")
+    if vectors.ndim != 2 or keys.shape != (len(vectors),) or not 0 < vectors.shape[1] <= 16_000:
+        raise ValueError(f"keys of shape {keys.shape} and vectors of shape {vectors.shape}")
     width = 2 if type == "halfvec" else 4
     largest = float(np.finfo(np.float16 if type == "halfvec" else np.float32).max)
     dimensions = vectors.shape[1]
-    layout = np.dtype([("dim", ">i2"), ("unused", ">i2"), ("values", f">f{width}", (dimensions,))])
-    step = max(1, min(ROWS, BYTES // layout.itemsize))
-    for start in range(0, len(vectors), step):
-        if not (np.abs(vectors[start : start + step]) <= largest).all():
-            raise ValueError(
-                f"a vector holds a value that {type} cannot: NaN, infinite or beyond {largest:g}"
-            )
+    # A whole row is of one width, so numpy lays it out at once: number of fields, then each field after its length.
+    row = np.dtype(
+        [
+            ("fields", ">i2"),
+            ("key_length", ">i4"),
+            ("key", ">i4"),
+            ("length", ">i4"),
+            ("dimensions", ">i2"),
+            ("unused", ">i2"),
+            ("values", f">f{width}", (dimensions,)),
+        ]
+    )
+    step = max(1, min(ROWS, VECTOR_BYTES // row.itemsize))
+    # NaN is neither above nor below anything.
+    if len(vectors) and not (vectors.min() >= -largest and vectors.max() <= largest):
+        raise ValueError(f"a vector holds a value that {type} cannot: NaN, infinite or beyond {largest:g}")
 
     def blocks() -> Any:
-        for start in range(0, len(hashes), step):
-            part = vectors[start : start + step]
-            payload = np.zeros(len(part), layout)
-            payload["dim"] = dimensions
-            payload["values"] = part
-            yield _rows([_text(pa.array(hashes[start : start + step], pa.string())), _fixed(payload, None)])
+        block = np.zeros(min(step, len(vectors)), row)
+        block["fields"], block["key_length"] = 2, 4
+        block["length"], block["dimensions"] = 4 + dimensions * width, dimensions
+        for start in range(0, len(vectors), step):
+            part = block[: len(vectors) - start]
+            part["key"] = keys[start : start + step]
+            part["values"] = vectors[start : start + step]
+            yield part.view(np.uint8).data
 
-    return _copy(target, table, ["content_hash", "embedding"], blocks(), len(hashes))
+    return _copy(target, table, ["passage_no", "embedding"], blocks(), len(vectors))
 
 
 def _copy(

@@ -1,7 +1,7 @@
 """Text is cut into chunks: pieces that an embedding model reads whole, with offsets back into the document.
 
-Belongs here: where to cut, which headings stand above a chunk, and how chunks are named. Does not belong
-here: what a model makes of a chunk (embedder), the database (corpus).
+Belongs here: where to cut, which headings stand above a chunk, what of both a model reads, and how chunks are named.
+Does not belong here: what a model makes of it (embedder), the database (corpus).
 """
 
 from __future__ import annotations
@@ -16,22 +16,24 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from semantic_text_splitter import MarkdownSplitter
 
-# A chunk is full somewhere between 400 and 1,000 characters. Where those characters are likely to be more
-# than 256 tokens (tables, code, links, scripts without spaces), which MiniLM would cut off, the chunk is cut
-# again, smaller.
-_CAPACITIES = ((400, 1000), (250, 500), (100, 250))
+# MiniLM reads 256 tokens and cuts off the rest: a chunk and the headings above it are to be fewer, as we count them.
 _MAX_PIECES = 240
+_ROOM_ABOVE = 40
+# A chunk is full somewhere between 400 and 1,000 characters. Where those characters are likely to be more tokens than
+# there is room for (tables, code, links, scripts without spaces), the chunk is cut again, smaller.
+_CAPACITIES = ((400, 1000), (250, 500), (100, 250))
 # Calibrated against a WordPiece vocabulary of 30,522 entries: words cost a token per six letters or fewer,
 # numbers one per two digits, anything else one per character.
 _PIECE = re.compile(r"[A-Za-z]{1,6}|[0-9]{1,2}|[^\sA-Za-z0-9]")
 
-CHUNKER = "markdown-400-1000-240-1+semantic-text-splitter/0.33.1"
+CHUNKER = "markdown-400-1000-240-40-2+semantic-text-splitter/0.33.1"
 """Names how text is cut; a change of it means that every document is cut anew."""
 
 # The splitter's time grows with the square of a line's length where the line has no sentences.
 _MAX_LINE = 50_000
 _LONG_LINE = re.compile(rf"[^\n]{{{_MAX_LINE}}}")
 
+_BETWEEN = " > "
 _FENCE = re.compile(r"[ ]{0,3}(`{3,}|~{3,})")
 _ATX = re.compile(r"[ ]{0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
 _SETEXT = re.compile(r"[ ]{0,3}(=+|-+)[ \t]*$")
@@ -57,13 +59,30 @@ class Chunk:
 
     @property
     def content_hash(self) -> str:
-        """sha256 of the UTF-8 text, lowercase hex: equal pieces share a vector."""
-        return hashlib.sha256(self.text.encode()).hexdigest()
+        """sha256 of the UTF-8 embedded text, lowercase hex: chunks for which it is equal share a vector."""
+        return hashlib.sha256(embedded_text(self.heading, self.text).encode()).hexdigest()
 
     def chunk_id(self, document_id: str) -> str:
         """32 hex digits that name this piece at this place of this document."""
         name = f"{document_id}\0{self.start_char}\0{self.content_hash}"
         return hashlib.sha256(name.encode()).hexdigest()[:32]
+
+
+def embedded_text(heading: str, text: str) -> str:
+    """What a model reads of a chunk: the titles of the sections it stands in, then the chunk.
+
+    A title that the chunk begins with is not said twice. Titles that take more room than the chunk leaves lose words,
+    the outermost first.
+    """
+    if found := headings(text):
+        offset, _, title = found[0]
+        if offset == 0:
+            heading = heading.removesuffix(title).removesuffix(_BETWEEN)
+    words = heading.split()
+    room = _MAX_PIECES - len(_PIECE.findall(text))
+    while words and len(_PIECE.findall(" ".join(words))) > room:
+        del words[0]
+    return f"{' '.join(words)}\n\n{text}" if words else text
 
 
 def chunk(text: str) -> list[Chunk]:
@@ -79,27 +98,31 @@ def chunk(text: str) -> list[Chunk]:
             path = [(above, name) for above, name in path if above < level]
             path.append((level, title))
             passed += 1
-        heading = " > ".join(name for _, name in path if name)
+        heading = _BETWEEN.join(name for _, name in path if name)
         chunks.append(Chunk(len(chunks), start, end, piece, heading))
     return chunks
 
 
 def _joined(text: str) -> Iterator[tuple[int, int]]:
-    """Begin and end of each chunk. A heading cut off from what follows it says little: the two stay together."""
+    """Begin and end of each chunk. Headings cut off from what follows them say little: they stay together."""
     held: tuple[int, int] | None = None
     for start, piece in _pieces(text):
         end = start + len(piece)
         if held is not None:
-            if len(_PIECE.findall(text[held[0] : end])) <= _MAX_PIECES:
+            if _fits(text[held[0] : end]):
                 start = held[0]
             else:
                 yield held
         held = (start, end)
-        if not _ATX.fullmatch(text[start:end]):
+        if not all(_ATX.fullmatch(line) for line in text[start:end].split("\n") if line.strip()):
             yield held
             held = None
     if held is not None:
         yield held
+
+
+def _fits(text: str) -> bool:
+    return len(_PIECE.findall(text)) <= _MAX_PIECES - _ROOM_ABOVE
 
 
 def _pieces(text: str) -> Iterator[tuple[int, str]]:
@@ -116,7 +139,7 @@ def _pieces(text: str) -> Iterator[tuple[int, str]]:
 
 def _split(text: str, depth: int) -> Iterator[tuple[int, str]]:
     for offset, piece in _splitter(depth).chunk_indices(text):
-        if depth + 1 < len(_CAPACITIES) and len(_PIECE.findall(piece)) > _MAX_PIECES:
+        if depth + 1 < len(_CAPACITIES) and not _fits(piece):
             for inner, part in _split(piece, depth + 1):
                 yield offset + inner, part
         elif piece.strip():

@@ -241,12 +241,17 @@ class _Rows:
             "id": sql.Identifier(mapping.id),
             "text": sql.Identifier(mapping.text),
             "title": sql.Identifier(mapping.title) if mapping.title else sql.NULL,
+            "sections": sql.Identifier(mapping.sections) if mapping.sections else sql.NULL,
+            # Left out where there are none: documents made before there could be any stay as they are.
+            "hashed": sql.SQL(", {}").format(sql.Identifier(mapping.sections))
+            if mapping.sections
+            else sql.SQL(""),
         }
 
     def listing(self) -> tuple[list[_Item], list[_Refused]]:
         query = sql.SQL(
             "select {id}::text,"
-            " encode(sha256(convert_to(jsonb_build_array({title}, {text})::text, 'UTF8')), 'hex'),"
+            " encode(sha256(convert_to(jsonb_build_array({title}, {text}{hashed})::text, 'UTF8')), 'hex'),"
             " coalesce(octet_length({text}::text), 0)"
             " from {table} order by 1"
         ).format(**self._parts)
@@ -261,24 +266,33 @@ class _Rows:
 
     def read(self, items: Sequence[_Item], parser: Parser) -> Iterator[tuple[_Item, Parsed | ParseError]]:
         query = sql.SQL(
-            "select {id}::text, coalesce({title}::text, ''), coalesce({text}::text, '') from {table}"
-            " where {id}::text = any(%s)"
+            "select {id}::text, coalesce({title}::text, ''), coalesce({text}::text, ''), {sections}::jsonb"
+            " from {table} where {id}::text = any(%s)"
         ).format(**self._parts)
         rows = {
-            path: (title, text)
-            for path, title, text in _fetch(self._conn, query, [[item.path for item in items]])
+            path: (title, text, sections)
+            for path, title, text, sections in _fetch(self._conn, query, [[item.path for item in items]])
         }
         for item in items:
             if item.path in rows:
                 yield item, _of_row(item.path, *rows[item.path])
 
 
-def _of_row(path: str, title: str, text: str) -> Parsed | ParseError:
-    title, text = " ".join(clean(title).split()), clean(text)
+def _of_row(path: str, title: str, text: str, sections: Any) -> Parsed | ParseError:
+    title, text = _one_line(title), clean(text)
     if not title and not text:
         return ParseError(path, "no_text", "its text is empty", "fill in its text, or delete the row")
-    whole = f"# {title}\n\n{text}".strip() if title else text
+    above = [
+        title,
+        *(_one_line(one) for one in (sections if isinstance(sections, list) else []) if isinstance(one, str)),
+    ]
+    headings = [f"{'#' * min(level, 6)} {name}" for level, name in enumerate(filter(None, above), start=1)]
+    whole = "\n\n".join([*headings, text]).strip()
     return Parsed(title or text.split("\n", 1)[0].strip(), whole, "text/markdown", ROW_PARSER)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(clean(text).split())
 
 
 def _documents(source: str, like: list[_Item], parsed: Parsed, redactor: Redactor) -> Iterator[_Document]:

@@ -1,22 +1,38 @@
-"""For each document source: ``embedding_dataset/<source>``, ``vectors/<source>``, ``index/<source>``.
+"""For each document source: ``embedding_dataset/<source>``, ``vectors/<source>``, ``index/<source>``; and, while a
+candidate is set, ``candidate/vectors`` and ``candidate/index``, partitioned by source, and ``candidate/release``.
 
-Belongs here: wiring. Exporting is in dataset.py, loading in index.py, embedding in the embedder.
+Belongs here: wiring. Exporting is in dataset.py, launching in launch.py, loading in index.py, checks in checks.py,
+which release is fed and which is live in registry.py, embedding in the embedder.
 """
 
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 
 from assets.documents.assets import has_text
+from assets.embeddings.checks import (
+    CANDIDATE_CHECKS,
+    INDEX_CHECKS,
+    Compare,
+    check_candidate,
+    embed_questions,
+    index_checks,
+    recent_questions,
+)
 from assets.embeddings.dataset import current_dataset, export_chunks
-from assets.embeddings.index import load_vectors
+from assets.embeddings.index import build_graph, load_vectors, refresh_passages
+from assets.embeddings.launch import JobRequest, Launcher
+from assets.embeddings.postings import refresh_postings
+from assets.embeddings.registry import ReleaseError, chain_release, find_live
 from assets.embeddings.release import Release, current_release
 from assets.sources.contract import Contract
 from embedder.protocol import CHECK_VECTORS_ARE_SOUND
 from storage.warehouse import Warehouse
+
+CANDIDATE_GROUP = "candidate"
 
 
 def index_key(source: str) -> dg.AssetKey:
@@ -24,17 +40,75 @@ def index_key(source: str) -> dg.AssetKey:
     return dg.AssetKey(["index", source])
 
 
-def embedding_assets(contracts: Sequence[Contract], model: Path | None) -> list[dg.AssetsDefinition]:
-    """The three assets of each source with text whose contract allows retrieval (``allowedUses: [rag]``).
+def indexed_sources(contracts: Sequence[Contract]) -> list[Contract]:
+    """The sources with text whose contract allows retrieval (``allowedUses: [rag]``)."""
+    return [contract for contract in contracts if has_text(contract) and "rag" in contract.allowed_uses]
+
+
+def embedding_assets(
+    contracts: Sequence[Contract], model: Path | None, options: tuple[str, ...] = ()
+) -> list[dg.AssetsDefinition]:
+    """The three assets of each source that is indexed.
 
     Args:
-        model: A local model folder; None takes the installed one.
+        model: A local model folder; None takes the installed one. See ``chain_release`` for when it is followed.
+        options: Further arguments of the embedding job.
     """
     return [
         asset
-        for contract in contracts
-        if has_text(contract) and "rag" in contract.allowed_uses
-        for asset in (_dataset(contract), _vectors(contract, model), _index(contract, model))
+        for contract in indexed_sources(contracts)
+        for asset in (
+            _dataset(contract),
+            _vectors(
+                ["vectors", contract.name],
+                f"One row per distinct text of {contract.name}: content_hash and its vector, in Parquet shards.",
+                [dg.AssetKey(["embedding_dataset", contract.name])],
+                contract.name,
+                lambda context, warehouse: _chain(context, warehouse, model),
+                options,
+            ),
+            _index(contract, model),
+        )
+    ]
+
+
+def embedding_checks(contracts: Sequence[Contract]) -> list[dg.AssetChecksDefinition]:
+    """The checks of each source's index."""
+    return [_index_checks(contract) for contract in indexed_sources(contracts)]
+
+
+def candidate_assets(
+    contracts: Sequence[Contract],
+    candidate: Path | None,
+    compare: Compare,
+    options: tuple[str, ...] = (),
+) -> list[dg.AssetsDefinition]:
+    """The assets that build and check a release beside the live one; none without a candidate.
+
+    They are partitioned by source, so that a backfill can be started, watched and repeated by source; what opens the
+    way is the release as a whole, not a partition.
+
+    Args:
+        candidate: The folder of the candidate's model.
+        compare: Measures two releases on the golden sets.
+    """
+    indexed = indexed_sources(contracts)
+    if candidate is None or not indexed:
+        return []
+    sources = dg.StaticPartitionsDefinition([contract.name for contract in indexed])
+    return [
+        _vectors(
+            ["candidate", "vectors"],
+            "The vectors of the candidate's model, source by source, in Parquet shards.",
+            [dg.AssetKey(["embedding_dataset", contract.name]) for contract in indexed],
+            None,
+            lambda _context, _warehouse: current_release(candidate),
+            options,
+            group=CANDIDATE_GROUP,
+            partitions=sources,
+        ),
+        _candidate_index(candidate, sources),
+        _candidate_release(contracts, candidate, compare),
     ]
 
 
@@ -64,51 +138,57 @@ def _dataset(contract: Contract) -> dg.AssetsDefinition:
     return embedding_dataset
 
 
-def _vectors(contract: Contract, model: Path | None) -> dg.AssetsDefinition:
-    source = contract.name
-    key = dg.AssetKey(["vectors", source])
+def _vectors(
+    key: Sequence[str],
+    description: str,
+    datasets: Sequence[dg.AssetKey],
+    source: str | None,
+    release_of: Callable[[dg.AssetExecutionContext, Warehouse], Release],
+    options: tuple[str, ...],
+    group: str = "embeddings",
+    partitions: dg.PartitionsDefinition[str] | None = None,
+) -> dg.AssetsDefinition:
+    """An asset that runs the embedding job on ``source``, or on that of its partition."""
 
     @dg.asset(
         key=key,
-        deps=[["embedding_dataset", source]],
+        deps=datasets,
+        partitions_def=partitions,
         check_specs=[
             dg.AssetCheckSpec(
                 CHECK_VECTORS_ARE_SOUND,
-                asset=key,
+                asset=dg.AssetKey(key),
                 blocking=True,
                 description="Every text has one finite vector of unit length and the right dimension, or a failure row.",
             )
         ],
-        group_name="embeddings",
+        group_name=group,
         owners=["team:ml"],
-        kinds={"parquet", "openvino"},
+        kinds={"parquet"},
         tags={"layer": "embeddings"},
-        description=f"One row per distinct text of {source}: content_hash and its vector, in Parquet shards.",
+        description=description,
         pool="gpu",
     )
     def vectors(
         context: dg.AssetExecutionContext,
-        pipes: dg.PipesSubprocessClient,
+        launcher: dg.ResourceParam[Launcher],
         warehouse: dg.ResourceParam[Warehouse],
     ) -> dg.MaterializeResult:
-        release = current_release(model)
-        command = [
-            sys.executable,
-            "-m",
-            "embedder",
-            "--input",
-            str(current_dataset(source, warehouse.lake)),
-            "--output",
-            str(release.folder(warehouse.lake)),
-        ]
-        if model is not None:
-            command += ["--model", str(model)]
-        # A job that reports nothing has not succeeded, so nothing is implied.
-        return pipes.run(context=context, command=command).get_materialize_result(
-            implicit_materialization=False
+        release = release_of(context, warehouse)
+        dataset = current_dataset(source or context.partition_key, warehouse.lake)
+        return launcher.run(
+            context, JobRequest(dataset, release.folder(warehouse.lake), release.model, options)
         )
 
     return vectors
+
+
+def _chain(context: dg.AssetExecutionContext, warehouse: Warehouse, model: Path | None) -> Release:
+    with warehouse.connect("release") as connection:
+        chain = chain_release(connection, model)
+    for note in chain.notes:
+        context.log.warning(note)
+    return chain.release
 
 
 def _index(contract: Contract, model: Path | None) -> dg.AssetsDefinition:
@@ -124,17 +204,129 @@ def _index(contract: Contract, model: Path | None) -> dg.AssetsDefinition:
         description=f"The vectors of {source} in the release's table, behind retrieval.search().",
         pool="warehouse",
     )
-    def index(warehouse: dg.ResourceParam[Warehouse]) -> dg.MaterializeResult:
-        release: Release = current_release(model)
+    def index(
+        context: dg.AssetExecutionContext, warehouse: dg.ResourceParam[Warehouse]
+    ) -> dg.MaterializeResult:
+        release = _chain(context, warehouse, model)
         with warehouse.connect(f"index {source}") as connection:
-            report = load_vectors(
-                connection,
-                source,
-                release.name,
-                release.fingerprint,
-                release.dimensions,
-                release.folder(warehouse.lake),
-            )
-        return dg.MaterializeResult(metadata={**asdict(report), "dagster/row_count": report.vectors})
+            passages = refresh_passages(connection)
+            connection.commit()
+            # Words before vectors: they find a text even where embedding it failed.
+            postings = refresh_postings(connection)
+            connection.commit()
+            report = load_vectors(connection, source, release, release.folder(warehouse.lake))
+        return dg.MaterializeResult(
+            metadata={**_figures(report), "texts_removed": passages.removed, "terms": postings.terms}
+        )
 
     return index
+
+
+def _index_checks(contract: Contract) -> dg.AssetChecksDefinition:
+    key = index_key(contract.name)
+
+    @dg.multi_asset_check(
+        name=f"{contract.name}_index",
+        specs=[
+            dg.AssetCheckSpec(name, asset=key, description=description)
+            for name, description in INDEX_CHECKS.items()
+        ],
+    )
+    def checks(warehouse: dg.ResourceParam[Warehouse]) -> Iterator[dg.AssetCheckResult]:
+        with warehouse.connect(f"check index of {contract.name}") as connection:
+            outcomes = index_checks(connection, contract.name)
+        for name, outcome in outcomes.items():
+            yield dg.AssetCheckResult(
+                check_name=name,
+                asset_key=key,
+                passed=outcome.passed,
+                severity=dg.AssetCheckSeverity.ERROR if name == "orphans" else dg.AssetCheckSeverity.WARN,
+                metadata=dict(outcome.figures),
+            )
+
+    return checks
+
+
+def _candidate_index(candidate: Path, sources: dg.PartitionsDefinition[str]) -> dg.AssetsDefinition:
+    @dg.asset(
+        key=["candidate", "index"],
+        deps=[["candidate", "vectors"]],
+        partitions_def=sources,
+        group_name=CANDIDATE_GROUP,
+        owners=["team:ml"],
+        kinds={"postgres", "pgvector"},
+        tags={"layer": "retrieval"},
+        description="The candidate's vectors in a table of their own, beside the live release, source by source.",
+        pool="warehouse",
+    )
+    def candidate_index(
+        context: dg.AssetExecutionContext, warehouse: dg.ResourceParam[Warehouse]
+    ) -> dg.MaterializeResult:
+        release = current_release(candidate)
+        with warehouse.connect(f"candidate {context.partition_key}") as connection:
+            refresh_passages(connection)
+            report = load_vectors(
+                connection, context.partition_key, release, release.folder(warehouse.lake), follow=False
+            )
+        return dg.MaterializeResult(metadata=_figures(report))
+
+    return candidate_index
+
+
+def _candidate_release(
+    contracts: Sequence[Contract], candidate: Path, compare: Compare
+) -> dg.AssetsDefinition:
+    key = dg.AssetKey(["candidate", "release"])
+
+    @dg.asset(
+        key=key,
+        deps=[["candidate", "index"]],
+        check_specs=[
+            dg.AssetCheckSpec(name, asset=key, description=description)
+            for name, description in CANDIDATE_CHECKS.items()
+        ],
+        group_name=CANDIDATE_GROUP,
+        owners=["team:ml"],
+        kinds={"postgres", "pgvector"},
+        tags={"layer": "retrieval"},
+        description="The candidate as a whole, its graph built and checked against the live release. If all is well,"
+        " the job promote_release (or 'moat release promote') makes it live.",
+        pool="warehouse",
+    )
+    def candidate_release(
+        context: dg.AssetExecutionContext, warehouse: dg.ResourceParam[Warehouse]
+    ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
+        release = current_release(candidate)
+        with warehouse.connect("candidate release") as connection:
+            try:
+                graph = build_graph(connection, release)
+                outcomes = check_candidate(
+                    connection,
+                    release.name,
+                    compare,
+                    recent_questions(connection, contracts),
+                    embed_questions,
+                )
+            except ReleaseError as error:
+                raise dg.Failure(
+                    f"{error}. Materialize candidate/vectors and candidate/index for every source first.",
+                    allow_retries=False,
+                ) from error
+            live = find_live(connection)
+        yield dg.MaterializeResult(
+            metadata={"release": release.name, "live": live.name if live else "none", "graph": graph}
+        )
+        for name, outcome in outcomes.items():
+            yield dg.AssetCheckResult(
+                check_name=name,
+                asset_key=key,
+                passed=outcome.passed,
+                severity=dg.AssetCheckSeverity.ERROR if outcome.needed else dg.AssetCheckSeverity.WARN,
+                metadata=dict(outcome.figures),
+            )
+
+    return candidate_release
+
+
+def _figures(report: Any) -> dict[str, Any]:
+    return {**asdict(report), "dagster/row_count": report.vectors}

@@ -13,6 +13,7 @@ import psycopg
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from assets.documents.chunk import embedded_text
 from embedder import protocol
 from storage.lake import put, write_atomic
 
@@ -35,9 +36,11 @@ class EmbeddingDataset:
 def export_chunks(connection: psycopg.Connection[Any], source: str, lake: Path) -> EmbeddingDataset:
     """Write the chunks of ``source`` to the lake; the same chunks give the same file, which is kept."""
     rows = connection.execute(
-        "select chunk_id, content_hash, text from corpus.chunk where source = %s order by chunk_id", [source]
+        "select chunk_id, content_hash, heading, text from corpus.chunk where source = %s order by chunk_id",
+        [source],
     ).fetchall()
-    columns = list(zip(*rows, strict=True)) if rows else [(), (), ()]
+    texts = [(chunk_id, digest, embedded_text(heading, text)) for chunk_id, digest, heading, text in rows]
+    columns = list(zip(*texts, strict=True)) if texts else [(), (), ()]
     table = pa.Table.from_arrays([pa.array(column, pa.string()) for column in columns], schema=SCHEMA)
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")

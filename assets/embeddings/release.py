@@ -1,6 +1,7 @@
 """An embedding release: a model, and the way texts were cut for it, under one name.
 
-Belongs here: what makes two sets of vectors comparable. Does not belong here: loading or searching them.
+Belongs here: what makes two sets of vectors comparable. Does not belong here: loading or searching them, or which of
+them is live (registry).
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ class Release:
     """One release.
 
     Attributes:
-        name: 16 hex digits naming ``fingerprint``.
+        name: 12 hex digits naming ``fingerprint``.
         fingerprint: Model digest, tokenizer digest, pooling, prefix, length limit, chunker.
         dimensions: Length of a vector.
-        vectors: The embedder's own name for the model's part of the fingerprint.
+        vectors: The embedder's own name for the model's part of the fingerprint; equal ones may be compared.
+        model: Folder of the model; None for the installed one.
     """
 
     name: str
     fingerprint: Mapping[str, Any]
     dimensions: int
     vectors: str
+    model: Path | None = None
 
     def folder(self, lake: Path) -> Path:
         """Where the release's vectors lie in the lake."""
@@ -37,10 +40,21 @@ class Release:
 
 
 def current_release(model: Path | None) -> Release:
-    """The release that ``model`` (a folder; None for the installed model) makes with today's chunker."""
+    """The release that ``model`` (a folder; None for the installed model) makes with today's chunker.
+
+    Raises:
+        EmbedderError: The folder holds no model that can be read.
+    """
     from embedder.model import open_model
 
     described = open_model(model)
     fingerprint = {**described.fingerprint(), "chunker": CHUNKER}
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-    return Release(digest[:12], fingerprint, described.dimensions, described.release())
+    return Release(digest[:12], fingerprint, described.dimensions, described.release(), model)
+
+
+def vectors_of(fingerprint: Mapping[str, Any]) -> str:
+    """``Release.vectors`` of a release whose fingerprint is known, its model's folder perhaps no more."""
+    from embedder.model import release_id
+
+    return release_id({name: value for name, value in fingerprint.items() if name != "chunker"})

@@ -102,23 +102,35 @@ class Column:
 
 @dataclass(frozen=True)
 class CorpusMapping:
-    """The columns that make a document of a row."""
+    """The columns that make a document of a row. ``sections``: headings above its text, an array, outermost first."""
 
     id: str
     text: str
     title: str | None = None
+    sections: str | None = None
 
 
 @dataclass(frozen=True)
 class GoldenMapping:
     """The columns of a retrieval golden set: a question and the document that answers it.
 
-    ``document_source`` names the source in which ``document`` is a path or row key.
+    Attributes:
+        question: Its text, in ``question_source`` if there is one.
+        document: A path or row key in ``document_source``.
+        answer: The words in the document that answer it, or a list of objects with ``text`` and ``answer_start``, any
+            of which does. Without, the whole document does.
+        answer_start: Where ``answer`` begins in the document's text, in code points.
+        question_source: The source whose rows are the questions, where a question has a row for each right document.
+        question_key: The column with the primary key of ``question_source``.
     """
 
     question: str
     document: str
     document_source: str
+    answer: str | None = None
+    answer_start: str | None = None
+    question_source: str | None = None
+    question_key: str | None = None
 
 
 @dataclass(frozen=True)
@@ -139,6 +151,7 @@ class Contract:
         folder: Absolute folder below which the files are; file names are told relative to it.
         glob: Pattern below ``folder``.
         sha256: Of the contract file's bytes.
+        language: ISO 639-1 code of what its texts are written in; words are stemmed by it.
         freshness_days: Age above which the newest data is stale; None where nothing is promised.
         max_refused_share: Share of refused rows above which the source is stopped.
     """
@@ -165,6 +178,7 @@ class Contract:
     max_refused_share: float = DEFAULT_MAX_REFUSED_SHARE
     delimiter: str = ","
     encoding: str = "utf-8"
+    language: str = "en"
 
     @property
     def pattern(self) -> str:
@@ -226,17 +240,45 @@ def load_contracts(
     good = {name: same[0] for name, same in by_name.items() if len(same) == 1}
     if not errors:  # otherwise the source asked for may be one of those left out
         for contract in list(good.values()):
-            if contract.golden and contract.golden.document_source not in good:
-                errors.append(
-                    ContractError(
-                        contract.file,
-                        "unknown_source",
-                        f"golden document_source {contract.golden.document_source!r} is no source",
-                        f"Name one of: {', '.join(sorted(good))}.",
-                    )
-                )
+            if contract.golden and (wrong := _wrong_source(contract, contract.golden, good)):
+                errors.append(wrong)
                 del good[contract.name]
     return [good[name] for name in sorted(good)], errors
+
+
+def _wrong_source(
+    contract: Contract, golden: GoldenMapping, good: Mapping[str, Contract]
+) -> ContractError | None:
+    for field, source in (
+        ("document_source", golden.document_source),
+        ("question_source", golden.question_source),
+    ):
+        if source is not None and source not in good:
+            return ContractError(
+                contract.file,
+                "unknown_source",
+                f"golden {field} {source!r} is no source",
+                f"Name one of: {', '.join(sorted(good))}.",
+            )
+    if golden.question_source is not None:
+        questions = good[golden.question_source]
+        if (
+            golden.question not in {column.name for column in questions.columns}
+            or key_column(questions) is None
+        ):
+            return ContractError(
+                contract.file,
+                "unknown_column",
+                f"golden.question is {golden.question!r}",
+                f"Name a column of {questions.name}, which needs one primaryKey column.",
+            )
+    return None
+
+
+def key_column(contract: Contract) -> str | None:
+    """The column that is the primary key by itself; None where there is none."""
+    keys = [column.name for column in contract.columns if column.primary_key]
+    return keys[0] if len(keys) == 1 else None
 
 
 def load_contract(file: Path, variables: Mapping[str, str]) -> Contract | list[ContractError]:
@@ -308,6 +350,7 @@ class _Builder:
         provenance = self.choice(custom, "provenance", PROVENANCES)
         uses = self.allowed_uses(custom)
         pii = self.pii(custom)
+        language = self.language(custom)
         share = custom.get("maxRefusedShare", DEFAULT_MAX_REFUSED_SHARE)
         if not _is_number(share) or not 0 <= share <= 1:
             self.error("bad_max_refused_share", f"maxRefusedShare is {share!r}", "Give a share from 0 to 1.")
@@ -362,6 +405,7 @@ class _Builder:
             max_refused_share=float(share),
             delimiter=delimiter,
             encoding=encoding,
+            language=language,
         )
 
     def choice(self, custom: Mapping[str | None, Any], name: str, known: Sequence[str]) -> str:
@@ -393,6 +437,16 @@ class _Builder:
         if not isinstance(value, bool):
             self.error("bad_pii", f"pii is {value!r}", "Use true or false.")
             return True
+        return value
+
+    def language(self, custom: Mapping[str | None, Any]) -> str:
+        value = custom.get("language", "en")
+        # Bare no is false in YAML.
+        if not isinstance(value, str) or not re.fullmatch("[a-z]{2}", value):
+            self.error(
+                "bad_language", f"language is {value!r}", 'Give its ISO 639-1 code, such as en, de or "no".'
+            )
+            return "en"
         return value
 
     def server(self, parsed: odcs.OpenDataContractStandard) -> odcs.Server | None:
@@ -658,13 +712,33 @@ class _Builder:
         golden: GoldenMapping | None = None
         for entry in table.customProperties or ():
             if entry.property == "corpus":
-                fields = self.fields("corpus", entry.value, {"id", "text"}, {"title"}, columns)
+                fields = self.fields("corpus", entry.value, {"id", "text"}, {"title", "sections"}, columns)
+                sections = columns.get(fields.get("sections", ""))
+                if sections is not None and sections.type != "array":
+                    self.error(
+                        "bad_corpus",
+                        f"corpus.sections is {sections.name!r}, of type {sections.type}",
+                        "Name a column of type array: the headings above the text, outermost first.",
+                    )
+                    fields = {}
                 if fields:
                     corpus = CorpusMapping(**fields)
             elif entry.property == "golden":
                 fields = self.fields(
-                    "golden", entry.value, {"question", "document", "document_source"}, set(), columns
+                    "golden",
+                    entry.value,
+                    {"question", "document", "document_source"},
+                    {"answer", "answer_start", "question_source", "question_key"},
+                    columns,
                 )
+                for one, needs in (
+                    ("answer_start", "answer"),
+                    ("question_source", "question_key"),
+                    ("question_key", "question_source"),
+                ):
+                    if one in fields and needs not in fields:
+                        self.error("bad_golden", f"golden has {one} but no {needs}", f"Give {needs} as well.")
+                        fields = {}
                 if fields:
                     golden = GoldenMapping(**fields)
             else:
@@ -704,8 +778,11 @@ class _Builder:
                 + (f", perhaps {', '.join(sorted(optional))}." if optional else "."),
             )
             return {}
+        elsewhere = {"document_source", "question_source"} | (
+            {"question"} if "question_source" in value else set()
+        )
         for field, column in value.items():
-            if field != "document_source" and column not in columns:
+            if field not in elsewhere and column not in columns:
                 self.error(
                     "unknown_column",
                     f"{mapping}.{field} is {column!r}",

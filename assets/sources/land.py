@@ -159,18 +159,18 @@ def write_catalogue(conn: Connection[Any], contracts: Sequence[Contract]) -> Non
     """
     columns = (
         "source, version, owner, description, provenance, pii, allowed_uses, kind, location, contract_sha256,"
-        " freshness_days"
+        " freshness_days, language"
     )
     with conn.transaction(), conn.cursor() as cursor:
         cursor.execute(
             "delete from registry.source where source <> all(%s)", [[contract.name for contract in contracts]]
         )
         cursor.executemany(
-            f"insert into registry.source as old ({columns}) values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
+            f"insert into registry.source as old ({columns}) values (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"
             " on conflict (source) do update set (version, owner, description, provenance, pii, allowed_uses,"
-            " kind, location, contract_sha256, freshness_days, updated_at) = (excluded.version, excluded.owner,"
+            " kind, location, contract_sha256, freshness_days, language, updated_at) = (excluded.version, excluded.owner,"
             " excluded.description, excluded.provenance, excluded.pii, excluded.allowed_uses, excluded.kind,"
-            " excluded.location, excluded.contract_sha256, excluded.freshness_days, now())"
+            " excluded.location, excluded.contract_sha256, excluded.freshness_days, excluded.language, now())"
             " where (old.contract_sha256, old.location) is distinct from"
             " (excluded.contract_sha256, excluded.location)",
             [
@@ -186,6 +186,7 @@ def write_catalogue(conn: Connection[Any], contracts: Sequence[Contract]) -> Non
                     contract.pattern,
                     contract.sha256,
                     contract.freshness_days,
+                    contract.language,
                 )
                 for contract in contracts
             ],

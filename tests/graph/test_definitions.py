@@ -41,14 +41,6 @@ HEAVY = (
 
 
 @pytest.fixture(scope="module")
-def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """The support example with a manifest, and no database at all."""
-    settings = Settings.from_environment({"DATAMOAT_HOME": str(tmp_path_factory.mktemp("home"))})
-    write_manifest(settings)
-    return settings
-
-
-@pytest.fixture(scope="module")
 def defs(settings: Settings) -> dg.Definitions:
     return build_defs(settings)
 
@@ -180,4 +172,5 @@ def test_sensors_and_schedules_run_by_default(defs: dg.Definitions) -> None:
         "nightly_reindex",
         "nightly_marts",
         "weekly_retention",
+        "weekly_index_upkeep",
     }

@@ -64,9 +64,9 @@ def test_value_postgres_refuses_is_an_error_and_nothing_lands(conn: Connection) 
 @pytest.mark.parametrize("kind", ["halfvec", "vector"])
 def test_vectors_round_trip(conn: Connection, kind: Any) -> None:
     vectors = np.array([[1, -2.5, 0], [0.5, 65_504, 6e-8]], np.float32)
-    conn.execute(f"create temp table v (content_hash text, embedding {kind}(3))".encode())
-    assert copy_vectors(conn, "v", ["a", "b"], vectors, kind) == 2
-    rows = conn.execute("select content_hash, embedding::real[] from v order by 1").fetchall()
-    assert [row[0] for row in rows] == ["a", "b"]
+    conn.execute(f"create temp table v (passage_no int, embedding {kind}(3))".encode())
+    assert copy_vectors(conn, "v", np.array([7, 2**31 - 1], np.int32), vectors, kind) == 2
+    rows = conn.execute("select passage_no, embedding::real[] from v order by 1").fetchall()
+    assert [row[0] for row in rows] == [7, 2**31 - 1]
     sent = vectors.astype(np.float16) if kind == "halfvec" else vectors
     assert np.allclose([row[1] for row in rows], sent.astype(np.float32), rtol=1e-6, atol=0)

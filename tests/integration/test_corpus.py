@@ -13,7 +13,7 @@ import pytest
 from psycopg import sql
 
 from assets.documents import corpus, redact
-from assets.documents.chunk import CHUNKER
+from assets.documents.chunk import CHUNKER, embedded_text
 from assets.documents.corpus import DocumentCounts, feedback_texts, refresh_chunks, refresh_documents
 from assets.documents.parse import Parsed, ParseError, Parser
 from assets.documents.redact import Redactor, redact_texts
@@ -310,6 +310,26 @@ def test_rows_without_a_key_of_their_own_are_an_error(conn: Connection, source: 
         refresh(conn, source, mapping=CorpusMapping(id="media_type", text="path"))
 
 
+def test_sections_of_a_row_stand_above_its_text(conn: Connection, source: str) -> None:
+    conn.execute(
+        sql.SQL(
+            'alter table {} add column headers jsonb default \'["Visits", "At\\n night", "", null]\''
+        ).format(sql.Identifier("raw", source))
+    )
+    land(conn, source, {"a": b"1"})
+    conn.execute(sql.SQL("update {} set media_type = 'Come.'").format(sql.Identifier("raw", source)))
+    conn.commit()
+    plain = CorpusMapping(id="path", text="media_type", title="sha256")
+    refresh(conn, source, mapping=plain)
+    before = documents(conn, source)["a"]
+    mapping = CorpusMapping(id="path", text="media_type", title="sha256", sections="headers")
+    assert refresh(conn, source, mapping=mapping)[0].parsed == 1
+    after = documents(conn, source)["a"]
+    assert after["text"] == before["text"].replace("\n\nCome.", "\n\n## Visits\n\n### At night\n\nCome.")
+    assert after["title"] == before["title"]
+    assert refresh(conn, source, mapping=mapping)[0].unchanged == 1
+
+
 def test_chunks_are_pieces_of_their_documents(conn: Connection, source: str) -> None:
     long = "# Guide\n\n" + "\n\n".join(
         f"## Step {n}\n\n" + "Wörter \N{GRINNING FACE} und so. " * 30 for n in range(4)
@@ -321,7 +341,9 @@ def test_chunks_are_pieces_of_their_documents(conn: Connection, source: str) -> 
     assert (counts.documents, counts.rechunked, counts.chunks, counts.deleted) == (3, 3, len(found), 0)
     assert all(row[-1] for row in found)
     assert {row[8] for row in found} == {CHUNKER}
-    assert all(hashlib.sha256(row[5].encode()).hexdigest() == row[6] for row in found)
+    read = [embedded_text(row[7], row[5]) for row in found]
+    assert any(text != row[5] for text, row in zip(read, found, strict=True))
+    assert [hashlib.sha256(text.encode()).hexdigest() for text in read] == [row[6] for row in found]
     assert any(row[7] == "Guide > Step 3" for row in found)
 
 

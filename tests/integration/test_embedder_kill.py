@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from embedder.protocol import PLAN_FILE, read_vectors, shard_paths
+from embedder.protocol import PLAN_FILE, RUN_FILE, read_vectors, shard_paths
 
 WORDS = [
     "river",
@@ -102,7 +102,7 @@ def test_kill_9_twice_and_resume_gives_the_bytes_of_an_uninterrupted_run(
     report = tmp_path / "summary.json"
     finish(start(source, output, "--summary", str(report)))
     assert contents(output) == whole
-    assert sorted(path.name for path in output.iterdir()) == sorted([".lock", *whole])
+    assert sorted(path.name for path in output.iterdir()) == sorted([".lock", RUN_FILE, *whole])
     after = {path.name: path.stat().st_mtime_ns for path in shard_paths(output)}
     assert {name: after[name] for name in survivors} == survivors
     figures = summary_of(report)
@@ -132,3 +132,18 @@ def test_a_signal_stops_the_job_soon_and_cleanly(source: Path, tmp_path: Path, n
     assert "Traceback" not in said
     assert not list((tmp_path / "out").glob(".*.tmp"))
     assert 1 <= len(shard_paths(tmp_path / "out")) < 16
+
+
+def test_the_budget_stops_the_process_with_4_and_its_log_is_json(source: Path, tmp_path: Path) -> None:
+    options = ["--max-tokens", "6000", "--price-per-hour", "2", "--log-format", "json", "--summary", "-"]
+    process = start(source, tmp_path / "out", *options)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 4, err
+    figures = json.loads(out)
+    assert figures["status"] == "over budget"
+    assert 0 < figures["tokens"] <= 6000
+    assert figures["cost"] == pytest.approx(2 * figures["seconds"] / 3600, rel=0.01)
+    assert len(shard_paths(tmp_path / "out")) == figures["shards"]
+    events = [json.loads(line) for line in err.splitlines()]
+    assert events[-1]["event"] == "failed"
+    assert "raise --max-tokens to continue" in events[-1]["message"]

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assets.documents.chunk import CHUNKER, chunk, headings
+from assets.documents.chunk import CHUNKER, Chunk, chunk, embedded_text, headings
 
 WORDS = st.sampled_from(
     [
@@ -81,6 +81,35 @@ def test_a_heading_stays_with_what_follows() -> None:
     assert [piece.text for piece in chunk("# Only a heading")] == ["# Only a heading"]
 
 
+def test_a_model_reads_the_titles_above_a_chunk_once() -> None:
+    body = "Some words about it all. "
+    guide = chunk(f"# Guide\n\n## Set *up*\n\n{body * 60}")
+    read = [embedded_text(piece.heading, piece.text) for piece in guide]
+    assert len(guide) > 1
+    assert read[0] == guide[0].text and read[0].startswith("# Guide\n\n## Set *up*\n\nSome")
+    assert all(text.startswith("Guide > Set up\n\nSome") for text in read[1:])
+    assert embedded_text("Guide > Set up", "## Set *up*\n\nSo.") == "Guide\n\n## Set *up*\n\nSo."
+    assert embedded_text("", "So.") == "So."
+    assert [piece.content_hash for piece in guide] == [
+        hashlib.sha256(text.encode()).hexdigest() for text in read
+    ]
+    assert Chunk(0, 0, 3, "So.", "A").content_hash != Chunk(0, 0, 3, "So.", "B").content_hash
+
+
+def test_titles_give_way_to_the_text() -> None:
+    title = " ".join(f"w{n}" for n in range(300))
+    text = "b " * 200
+    read = embedded_text(title, text)
+    assert read.endswith(f" w299\n\n{text}")
+    # A letter, or a number of two digits, counts as one of 240.
+    assert len(read.split()) - 200 == 240 - 200 - 27
+
+
+@given(st.text(max_size=300), st.text(max_size=300))
+def test_what_a_model_reads_ends_with_the_chunk(heading: str, text: str) -> None:
+    assert embedded_text(heading, text).endswith(text)
+
+
 def test_headings() -> None:
     text = "\n".join(
         [
@@ -146,7 +175,7 @@ def test_chunks_fit_the_default_model() -> None:
     tokenizer.no_padding()
     # Package metadata is the densest text the example has: badges, links, code and tables.
     pieces = [
-        piece.text
+        embedded_text(piece.heading, piece.text)
         for path in sorted(site.glob("*.dist-info/METADATA"))[::5]
         for piece in chunk(path.read_text(encoding="utf-8", errors="replace"))
     ]

@@ -307,6 +307,8 @@ PROPERTIES = ("schema", 0, "properties")
         (drop("customProperties", 2), "missing_allowed_uses", "allowedUses"),
         (put("customProperties", 2, "value", ["resale"]), "bad_allowed_uses", "resale"),
         (put("customProperties", 3, "value", 5), "bad_max_refused_share", "5"),
+        (put("customProperties", 3, {"property": "language", "value": "German"}), "bad_language", "German"),
+        (put("customProperties", 3, {"property": "language", "value": False}), "bad_language", "False"),
         (drop("servers"), "missing_server", "0 servers"),
         (put("servers", []), "missing_server", "0 servers"),
         (put("servers", 0, "type", "kafka"), "unknown_server", "kafka"),
@@ -408,6 +410,13 @@ def test_yaml_dates_are_dates(folder: Path) -> None:
         {"name": "day", "logicalType": "date", "logicalTypeOptions": {"minimum": date(2020, 1, 1)}}
     )
     assert load_one(folder, content).columns[-1].minimum == date(2020, 1, 1)
+
+
+def test_the_language_is_english_unless_stated(folder: Path) -> None:
+    assert load_one(folder, TICKETS).language == "en"
+    stated = copy.deepcopy(TICKETS)
+    stated["customProperties"].append({"property": "language", "value": "de"})
+    assert load_one(folder, stated).language == "de"
 
 
 def test_unstated_pii_counts_as_personal(folder: Path) -> None:

@@ -2,55 +2,76 @@
 
 from __future__ import annotations
 
-import json
-import signal
+import functools
+import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from embedder import __main__ as command
-from embedder import encode, job, protocol
+from embedder import engines, job, protocol, texts
+from embedder.budget import Estimate, Ledger, Limits
 from embedder.encode import Embedder
-from embedder.job import Interrupted, Progress, Summary
+from embedder.job import Progress, Settings, ShardStage, Stopped, Summary, Watcher
 from embedder.model import open_model
 from embedder.protocol import EmbedderError, read_vectors
-from embedder.tokens import TokenIds
+from embedder.shards import locked
+from embedder.tokens import Tokens, pad
 
 POISON = 9947  # the id of the token "poison" in the default model's vocabulary
 NAN = 16660  # "nan"
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 class QuickEngine:
     """A vector of a text is made of its token ids, so it can be told whose it is."""
 
-    name, precision, streams, token_budget = "quick", "f32", 1, 64
+    name, device, precision, streams, token_budget, packed = "quick", "cpu", "f32", 1, 64, False
 
     def __init__(self) -> None:
         self.batches = 0
 
-    def encode(
-        self,
-        batches: Iterable[tuple[TokenIds, TokenIds]],
-        take: Callable[[int, npt.NDArray[np.float32]], None],
-    ) -> None:
-        for number, (ids, lengths) in enumerate(batches):
+    def encode(self, batches: Iterable[Tokens], take: Callable[[int, npt.NDArray[np.float32]], None]) -> None:
+        for number, batch in enumerate(batches):
             self.batches += 1
+            ids = pad(batch)
             if (ids == POISON).any():
                 raise RuntimeError("poison in the batch\nmore detail")
             found = np.zeros((len(ids), 384), np.float32)
-            for row, length in enumerate(lengths):
-                for column in range(length):
-                    found[row, ids[row, column] % 384] += column + 1
+            for row, length in enumerate(batch.lengths):
+                np.add.at(found[row], ids[row, :length] % 384, np.arange(length) + 1)
             found[(ids == NAN).any(axis=1)] = np.nan
             take(number, found)
+
+
+class Watching(Watcher):
+    """Keeps what it is told; `at` is called with each progress."""
+
+    def __init__(self, at: Callable[[Progress], None] = lambda _progress: None) -> None:
+        self.said: list[str] = []
+        self.estimates: list[Estimate] = []
+        self.progress: list[Progress] = []
+        self._at = at
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
+
+    def estimated(self, estimate: Estimate) -> None:
+        self.estimates.append(estimate)
+
+    def progressed(self, progress: Progress) -> None:
+        self.progress.append(progress)
+        self._at(progress)
 
 
 def write_input(path: Path, rows: list[tuple[str, str | None]]) -> Path:
@@ -63,16 +84,36 @@ def write_input(path: Path, rows: list[tuple[str, str | None]]) -> Path:
     return path
 
 
-def texts(n: int) -> list[tuple[str, str | None]]:
+def some(n: int) -> list[tuple[str, str | None]]:
     words = ["alpha", "beta", "gamma", "delta", "river", "stone", "window", "paper"]
     return [(f"h{i}", " ".join(words[(i * j) % 8] for j in range(1, 2 + i % 23)) + f" {i}") for i in range(n)]
 
 
 def run(tmp_path: Path, rows: list[tuple[str, str | None]], **options: Any) -> Summary:
     source = write_input(tmp_path / "in.parquet", rows)
-    options.setdefault("embedder", Embedder(open_model(), engine=QuickEngine()))
-    options.setdefault("shard_size", 16)
-    return job.run(source, tmp_path / "out", **options)
+    defaults: dict[str, Any] = {"embedder": quick_embedder(), "shard_size": 16, "now": NOW}
+    return job.run(source, tmp_path / "out", **(defaults | options))
+
+
+@functools.cache
+def quick_embedder() -> Embedder:
+    """One for all tests, so that the model is read once."""
+    return Embedder(open_model(), engine=QuickEngine())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.parquet")}
+
+
+def stop_at(shard: int) -> dict[str, Any]:
+    """Options of a run that is asked to stop when the first batch of this shard is done."""
+    stop = threading.Event()
+
+    def look(progress: Progress) -> None:
+        if progress.shard == shard:
+            stop.set()
+
+    return {"stop": stop, "watcher": Watching(look)}
 
 
 def failures_of(folder: Path) -> dict[str, str]:
@@ -81,11 +122,11 @@ def failures_of(folder: Path) -> dict[str, str]:
 
 
 def test_every_text_gets_its_own_vector(tmp_path: Path) -> None:
-    rows = texts(50)
+    rows = some(50)
     summary = run(tmp_path, rows)
     assert (summary.chunks, summary.distinct, summary.embedded, summary.shards) == (50, 50, 50, 4)
     assert summary.sound and summary.failed == summary.skipped == 0
-    embedder = Embedder(open_model(), engine=QuickEngine())
+    embedder = quick_embedder()
     found, vectors = read_vectors(tmp_path / "out", [key for key, _text in rows])
     assert found == [key for key, _text in rows]
     expected = [embedder.encode([str(text)])[0] for _key, text in rows]
@@ -93,17 +134,17 @@ def test_every_text_gets_its_own_vector(tmp_path: Path) -> None:
 
 
 def test_unchanged_input_embeds_nothing_and_opens_no_engine(tmp_path: Path) -> None:
-    run(tmp_path, texts(40))
+    run(tmp_path, some(40))
     before = {path.name: path.stat().st_mtime_ns for path in protocol.shard_paths(tmp_path / "out")}
     engine = QuickEngine()
-    summary = run(tmp_path, texts(40), embedder=Embedder(open_model(), engine=engine))
+    summary = run(tmp_path, some(40), embedder=Embedder(open_model(), engine=engine))
     assert (summary.embedded, summary.skipped, summary.shards) == (0, 40, 0)
     assert (engine.batches, summary.engine, summary.tokens_per_s) == (0, None, 0.0)
     assert before == {path.name: path.stat().st_mtime_ns for path in protocol.shard_paths(tmp_path / "out")}
 
 
 def test_one_changed_text_embeds_one(tmp_path: Path) -> None:
-    rows = texts(40)
+    rows = some(40)
     run(tmp_path, rows)
     rows[20] = ("new", "a new text")
     summary = run(tmp_path, rows)
@@ -111,13 +152,13 @@ def test_one_changed_text_embeds_one(tmp_path: Path) -> None:
 
 
 def test_duplicates_are_embedded_once(tmp_path: Path) -> None:
-    summary = run(tmp_path, texts(20) * 3)
+    summary = run(tmp_path, some(20) * 3)
     assert (summary.chunks, summary.distinct, summary.embedded) == (60, 20, 20)
     assert len(read_vectors(tmp_path / "out")[0]) == 20
 
 
 def test_one_bad_text_is_one_failure_and_its_neighbours_are_embedded(tmp_path: Path) -> None:
-    rows = texts(30)
+    rows = some(30)
     rows[3:3] = [("empty", " \n"), ("null", None), ("poison", "some poison here"), ("nan", "nan vector")]
     summary = run(tmp_path, rows)
     assert (summary.distinct, summary.embedded, summary.failed) == (34, 30, 4)
@@ -129,12 +170,8 @@ def test_one_bad_text_is_one_failure_and_its_neighbours_are_embedded(tmp_path: P
         "nan": "the engine gave a vector that is not finite",
     }
     found, vectors = read_vectors(tmp_path / "out")
-    assert set(found) == {key for key, _text in texts(30)}
+    assert set(found) == {key for key, _text in some(30)}
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
-    again = run(tmp_path, rows)
-    assert (again.embedded, again.skipped, again.failed) == (0, 30, 4)
-    assert run(tmp_path, texts(30)).failed == 0
-    assert failures_of(tmp_path / "out") == {}
 
 
 def test_a_string_that_is_not_utf8_is_one_failure(tmp_path: Path) -> None:
@@ -148,44 +185,188 @@ def test_a_string_that_is_not_utf8_is_one_failure(tmp_path: Path) -> None:
 
 
 def test_over_long_texts_are_counted_or_refused(tmp_path: Path) -> None:
-    rows = [*texts(3), ("long", "river " * 400)]
+    rows = [*some(3), ("long", "river " * 400)]
     summary = run(tmp_path, rows)
     assert (summary.truncated, summary.failed, summary.embedded) == (1, 0, 4)
+    assert summary.truncated_tokens == 402 - 256
     source = write_input(tmp_path / "in2.parquet", rows)
     embedder = Embedder(open_model(), engine=QuickEngine())
-    refused = job.run(source, tmp_path / "out2", embedder=embedder, too_long="refuse")
+    refused = job.run(source, tmp_path / "out2", Settings(too_long="refuse"), embedder=embedder)
     assert (refused.truncated, refused.failed, refused.embedded) == (0, 1, 3)
     assert failures_of(tmp_path / "out2") == {"long": "text has 402 tokens, the model takes 256"}
 
 
 def test_a_stopped_run_continues_with_the_same_bytes_and_reports_all_failures(tmp_path: Path) -> None:
-    rows = texts(60)
+    rows = some(60)
     rows[2] = ("bad", "")
     run(tmp_path, rows)
-    expected = {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.parquet")}
+    expected = contents(tmp_path / "out")
 
     (tmp_path / "second").mkdir()
-    stop = threading.Event()
-
-    def stop_in_the_third_shard(progress: Progress) -> None:
-        if progress.shard == 3:
-            stop.set()
-
-    with pytest.raises(Interrupted):
-        run(tmp_path / "second", rows, progress=stop_in_the_third_shard, stop=stop)
+    with pytest.raises(Stopped, match="run the same command again") as caught:
+        run(tmp_path / "second", rows, **stop_at(3))
+    assert caught.value.status == job.INTERRUPTED
+    assert caught.value.summary is not None
+    assert (caught.value.summary.status, caught.value.summary.embedded) == (job.INTERRUPTED, 31)
     out = tmp_path / "second" / "out"
     assert len(protocol.shard_paths(out)) == 2
-    summary = run(tmp_path / "second", rows)
+    summary = run(tmp_path / "second", rows, now=NOW + timedelta(hours=3))
     assert (summary.skipped, summary.embedded, summary.failed) == (31, 28, 1)
-    assert expected == {path.name: path.read_bytes() for path in out.glob("*.parquet")}
+    assert expected == contents(out)
 
 
-def test_progress_counts_every_token_and_ends_at_all(tmp_path: Path) -> None:
-    seen: list[Progress] = []
-    summary = run(tmp_path, texts(50), progress=seen.append)
+words = st.sampled_from(["river", "stone", "poison", "", "nan", "window river", "paper " * 30])
+inputs = st.lists(st.tuples(st.sampled_from([f"h{i}" for i in range(12)]), words), max_size=24)
+
+
+@settings(max_examples=12, deadline=None)
+@given(inputs, inputs, st.lists(st.integers(1, 5), max_size=3))
+def test_whatever_the_input_and_the_stops_the_files_are_those_of_an_uninterrupted_run(
+    before: list[tuple[str, str]], rows: list[tuple[str, str]], stops: list[int]
+) -> None:
+    embedder = quick_embedder()
+    with (
+        tempfile.TemporaryDirectory() as one,
+        tempfile.TemporaryDirectory() as two,
+        mock.patch("os.fsync"),  # no power is lost here
+    ):
+        for folder in (Path(one), Path(two)):
+            run(folder, list(before), embedder=embedder, shard_size=3)
+        for shard in stops:
+            try:
+                run(Path(two), list(rows), embedder=embedder, shard_size=3, **stop_at(shard))
+            except Stopped:
+                continue
+            break
+        later = NOW if not stops else NOW + timedelta(minutes=30)
+        summary = run(Path(one), list(rows), embedder=embedder, shard_size=3)
+        run(Path(two), list(rows), embedder=embedder, shard_size=3, now=later)
+        assert summary.sound
+        assert summary.distinct == summary.embedded + summary.skipped + summary.failed + summary.parked
+        assert contents(Path(one) / "out").keys() == contents(Path(two) / "out").keys()
+        assert read_all(Path(one) / "out") == read_all(Path(two) / "out")
+
+
+def read_all(folder: Path) -> dict[str, Any]:
+    """Shards byte for byte; failures without their times, for the runs were not at one time."""
+    files: dict[str, Any] = dict(contents(folder))
+    files["failures.parquet"] = failures_of(folder)
+    return files
+
+
+def test_the_three_steps_give_what_the_runner_gives_in_any_order_and_place(tmp_path: Path) -> None:
+    rows = some(60)
+    rows[7] = ("bad", "")
+    summary = run(tmp_path, rows)
+    other = tmp_path / "other"
+    source = tmp_path / "in.parquet"
+    stages = [ShardStage(source, other, Settings(), embedder=quick_embedder()) for _ in range(2)]
+    with locked(other):
+        work = job.plan(source, other, Settings(), shard_size=16, now=NOW)
+        results = [stages[shard.number % 2].embed(shard) for shard in reversed(work.missing)]
+        ledger = Ledger(other, work.plan.work, Limits())
+        figures = job.finish(work, results, ledger)
+    for stage in stages:
+        stage.close()
+    assert contents(other) == contents(tmp_path / "out")
+    assert (figures.embedded, figures.failed, figures.tokens) == (59, 1, summary.tokens)
+    assert figures.sound
+
+
+def test_chunk_ids_are_those_of_the_first_row_with_the_text(tmp_path: Path) -> None:
+    run(tmp_path, [*some(5), ("bad", ""), *some(5), ("h9", "river")])
+    (path,) = protocol.shard_paths(tmp_path / "out")
+    table = pq.read_table(path)
+    assert table.column_names == ["chunk_id", "content_hash", "vector"]
+    assert table["chunk_id"].to_pylist() == ["c0", "c1", "c2", "c3", "c4", "c11"]
+    assert table["content_hash"].to_pylist() == ["h0", "h1", "h2", "h3", "h4", "h9"]
+
+
+def test_an_input_without_chunk_ids_gives_shards_without(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": ["river"], "content_hash": ["a"]}), tmp_path / "in.parquet")
+    job.run(tmp_path / "in.parquet", tmp_path / "out", embedder=quick_embedder())
+    (path,) = protocol.shard_paths(tmp_path / "out")
+    assert pq.read_schema(path).names == ["content_hash", "vector"]
+
+
+def test_keys_before_several_texts_are_counted_and_the_first_text_is_taken(tmp_path: Path) -> None:
+    rows: list[tuple[str, str | None]] = [
+        ("a", "river"),
+        ("b", "stone"),
+        ("a", "window"),
+        ("b", "stone"),
+        ("a", "x"),
+    ]
+    summary = run(tmp_path, rows)
+    assert (summary.conflicting, summary.distinct) == (1, 2)
+    _found, vectors = read_vectors(tmp_path / "out", ["a"])
+    np.testing.assert_allclose(vectors[0], quick_embedder().encode(["river"])[0], atol=1e-6)
+
+
+def test_an_input_replaced_while_it_is_read_is_an_error_and_no_wrong_vector(tmp_path: Path) -> None:
+    rows = some(40)
+    source = write_input(tmp_path / "in.parquet", rows)
+    out = tmp_path / "out"
+    stage = ShardStage(source, out, Settings(), embedder=quick_embedder())
+    with locked(out):
+        work = job.plan(source, out, Settings(), shard_size=16, now=NOW)
+        write_input(source, rows[1:])
+        for shard in work.missing:
+            with pytest.raises(EmbedderError, match=r"in\.parquet has changed"):
+                stage.embed(shard)
+    assert not protocol.shard_paths(out)
+
+
+@pytest.mark.parametrize("row_group", [1, 7, 1000])
+@pytest.mark.parametrize("wanted", [[0], [3, 4, 5], [0, 39], [8, 30], list(range(40))])
+def test_rows_are_read_by_number_whatever_the_row_groups(
+    tmp_path: Path, row_group: int, wanted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(texts, "_BATCH_ROWS", 5)
+    table = pa.table({"content_hash": [f"h{i}" for i in range(40)], "text": [f"t{i}" for i in range(40)]})
+    pq.write_table(table, tmp_path / "in.parquet", row_group_size=row_group)
+    with texts.TextReader(tmp_path / "in.parquet") as reader:
+        for rows in (wanted, [20, 21], wanted):  # forward, and back again
+            found = reader.read(np.array(rows))
+            assert found.texts == [f"t{row}" for row in rows]
+            assert (found.keys, found.chunk_ids) == ([f"h{row}" for row in rows], None)
+        with pytest.raises(EmbedderError, match="has changed"):
+            reader.read(np.array([39, 40]))
+
+
+@pytest.mark.parametrize("kind", [pa.large_string(), pa.string_view()])
+def test_every_kind_of_string_is_read(tmp_path: Path, kind: pa.DataType) -> None:
+    column = pa.array(["a", "b", "a"]).cast(kind)
+    pq.write_table(pa.table(dict.fromkeys(("chunk_id", "content_hash", "text"), column)), tmp_path / "i")
+    summary = job.run(tmp_path / "i", tmp_path / "out", embedder=quick_embedder())
+    assert (summary.distinct, summary.embedded) == (2, 2)
+
+
+def test_hostile_texts_are_embedded_or_fail_alone(tmp_path: Path) -> None:
+    rows: list[tuple[str, str | None]] = [
+        ("nul", "a\0b"),
+        ("huge", "river " * 200_000),
+        ("controls", "\x1b[2J\u202e\ufffd"),
+        ("one word", "x" * 100_000),
+        ("fine", "stone"),
+    ]
+    summary = run(tmp_path, rows)
+    assert summary.embedded + summary.failed == 5
+    assert "fine" in read_vectors(tmp_path / "out")[0]
+    assert (summary.truncated, summary.truncated_tokens > 199_000) == (1, True)
+
+
+def test_progress_counts_every_token_and_text_and_ends_at_all(tmp_path: Path) -> None:
+    watcher = Watching()
+    summary = run(tmp_path, some(50), watcher=watcher)
+    seen = watcher.progress
     assert [progress.tokens for progress in seen] == sorted({progress.tokens for progress in seen})
-    assert seen[-1].tokens == seen[-1].total_tokens == summary.tokens
-    assert (seen[-1].shard, seen[-1].shards, seen[-1].seconds_left) == (4, 4, 0.0)
+    assert [progress.rows for progress in seen] == sorted(progress.rows for progress in seen)
+    last = seen[-1]
+    assert (last.rows, last.total_rows, last.share) == (50, 50, 1.0)
+    assert last.tokens == last.total_tokens == summary.tokens
+    assert (last.shard, last.shards, last.seconds_left) == (4, 4, 0.0)
+    assert 0 < last.padding_share < 1
 
 
 def test_padding_share_is_the_filler_among_the_tokens_computed(tmp_path: Path) -> None:
@@ -194,31 +375,37 @@ def test_padding_share_is_the_filler_among_the_tokens_computed(tmp_path: Path) -
     assert summary.padding_share == 0.2  # 3 and 5 tokens in a batch of 2 x 5
 
 
+KEYS_TWICE = pa.Table.from_arrays([pa.array(["a"])] * 3, names=["content_hash", "text", "text"])
+NOT_UTF8 = pa.array([b"\xff"], pa.binary()).view(pa.string())
+
+
 @pytest.mark.parametrize(
     ("table", "says"),
     [
         (pa.table({"text": ["a"]}), "has no column content_hash"),
         (pa.table({"content_hash": ["a"], "body": ["a"]}), "has no column text, only content_hash, body"),
         (pa.table({"content_hash": ["a"], "text": [1]}), "column text has type int64; write it as string"),
-        (
-            pa.table({"content_hash": pa.array([None, "a"]), "text": ["a", "b"]}),
-            "1 rows have no content_hash",
-        ),
+        (pa.table({"chunk_id": [1], "content_hash": ["a"], "text": ["a"]}), "column chunk_id has type int64"),
+        (pa.table({"content_hash": [None, "a"], "text": ["a", "b"]}), "1 rows have no content_hash"),
+        (pa.table({"content_hash": NOT_UTF8, "text": ["a"]}), "column content_hash cannot be read"),
+        (KEYS_TWICE, "has 2 columns text; keep one of them"),
     ],
 )
 def test_an_input_that_breaks_the_promise_is_refused(tmp_path: Path, table: pa.Table, says: str) -> None:
     pq.write_table(table, tmp_path / "in.parquet")
     with pytest.raises(EmbedderError, match=r"in\.parquet") as caught:
-        job.read_keys(tmp_path / "in.parquet")
+        texts.read_keys(tmp_path / "in.parquet")
     assert says in str(caught.value)
 
 
 def test_an_absent_or_broken_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EmbedderError, match=r"absent\.parquet does not exist"):
-        job.read_keys(tmp_path / "absent.parquet")
+        texts.read_keys(tmp_path / "absent.parquet")
     (tmp_path / "broken.parquet").write_text("no")
     with pytest.raises(EmbedderError, match=r"broken\.parquet is not a readable Parquet file"):
-        job.read_keys(tmp_path / "broken.parquet")
+        texts.read_keys(tmp_path / "broken.parquet")
+    with pytest.raises(EmbedderError, match="is not a readable Parquet file"):
+        texts.read_keys(tmp_path)
 
 
 def test_an_empty_input_gives_an_empty_result(tmp_path: Path) -> None:
@@ -227,106 +414,66 @@ def test_an_empty_input_gives_an_empty_result(tmp_path: Path) -> None:
     assert failures_of(tmp_path / "out") == {}
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Embedder, "_open_checked_engine", lambda _self: QuickEngine())
-    monkeypatch.setattr(command, "_stop_on_signals", lambda _stop: None)
-    monkeypatch.delenv("EMBEDDING_MODEL", raising=False)
+def test_an_unknown_policy_is_refused() -> None:
+    with pytest.raises(EmbedderError, match="unknown policy 'drop' for over-long texts"):
+        Settings(too_long="drop")
 
 
-@pytest.mark.usefixtures("quick")
-def test_the_command_reports_and_exits_by_what_happened(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    source = write_input(tmp_path / "in.parquet", texts(20))
-    arguments = ["--input", str(source), "--output", str(tmp_path / "out")]
-    assert command.main([*arguments, "--summary", str(tmp_path / "s" / "summary.json")]) == 0
-    figures = json.loads((tmp_path / "s" / "summary.json").read_text())
-    assert (figures["embedded"], figures["release"]) == (20, open_model().release())
-    assert "20 embedded, 0 already there, 0 failed" in capsys.readouterr().out
-    write_input(source, [*texts(20), ("bad", "")])
-    assert command.main(arguments) == 3
-    assert command.main(["--input", str(tmp_path / "no.parquet"), "--output", str(tmp_path / "out")]) == 2
-    assert "no.parquet does not exist" in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("quick")
-def test_the_model_is_named_by_option_or_environment(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = ["--input", str(tmp_path / "i"), "--output", str(tmp_path / "o")]
-    monkeypatch.setenv("EMBEDDING_MODEL", str(tmp_path / "from-environment"))
-    assert command.main(arguments) == 2
-    assert "from-environment" in capsys.readouterr().err
-    assert command.main([*arguments, "--model", str(tmp_path / "from-option")]) == 2
-    assert "from-option" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("arguments", [["--shard-size", "0"], ["--precision", "int8"], []])
-def test_bad_arguments_exit_with_2(arguments: list[str], tmp_path: Path) -> None:
-    required = ["--input", "a", "--output", "b"] if arguments else []
-    with pytest.raises(SystemExit) as caught:
-        command.main([*required, *arguments])
-    assert caught.value.code == 2
-
-
-def test_help_lists_the_exit_codes() -> None:
-    text = command.build_parser().format_help()
-    for code in (
-        protocol.EXIT_OK,
-        protocol.EXIT_BAD_INPUT,
-        protocol.EXIT_SOME_FAILED,
-        protocol.EXIT_INTERRUPTED,
-    ):
-        assert f"\n  {code} " in text
-
-
-@pytest.mark.usefixtures("quick")
-def test_a_signal_ends_the_run_with_130(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(command, "_stop_on_signals", lambda stop: stop.set())
-    source = write_input(tmp_path / "in.parquet", texts(20))
-    assert command.main(["--input", str(source), "--output", str(tmp_path / "out")]) == 130
-    assert "run the same command again" in capsys.readouterr().err
-
-
-def test_the_first_signal_asks_and_the_second_kills() -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+def test_a_run_waits_for_the_folder_and_hears_the_wish_to_stop_meanwhile(tmp_path: Path) -> None:
     stop = threading.Event()
-    try:
-        command._stop_on_signals(stop)
-        assert not stop.is_set()
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.is_set()
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGTERM, before[0])
-        signal.signal(signal.SIGINT, before[1])
+
+    class Impatient(Watcher):
+        def say(self, line: str) -> None:
+            assert "another embedding run is writing to" in line
+            stop.set()
+
+    with locked(tmp_path / "out"), pytest.raises(Stopped) as caught:
+        run(tmp_path, some(2), watcher=Impatient(), stop=stop)
+    assert (caught.value.status, caught.value.summary) == (job.INTERRUPTED, None)
 
 
-def test_progress_lines_are_throttled(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
-    seen: list[Progress] = []
-    report = command._at_most_every(1, seen.append)
-    for step in range(40):
-        now = step / 10
-        report(Progress(step, 100, now, 1, 1))
-    assert [progress.tokens for progress in seen] == [10, 20, 30]
+def test_a_shard_is_larger_on_cuda_and_what_another_device_made_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows: list[tuple[str, str | None]] = [(f"h{i}", "river") for i in range(5000)]
+    source, out = write_input(tmp_path / "in.parquet", rows), tmp_path / "out"
+    sizes = []
+    for device in ("cpu", "cuda"):
+        monkeypatch.setattr(engines, "choose", lambda *_, device=device: ("some", device))
+        with locked(out):
+            work = job.plan(source, out, Settings(), model=quick_embedder().model, now=NOW)
+        sizes.append([len(shard.rows) for shard in work.missing])
+    assert sizes == [[4096, 904], [5000]]
+    monkeypatch.setattr(QuickEngine, "device", "another")
+    run(tmp_path, rows[:20], shard_size=20)
+    monkeypatch.undo()
+    assert run(tmp_path, rows[:20]).skipped == 20
 
 
-def test_a_progress_line_says_rate_and_time_left() -> None:
-    line = command._progress_line(Progress(30_000, 120_000, 10.0, 1, 4))
-    assert line == "shard 1 of 4, 30,000 of about 120,000 tokens (25%), 3,000 tokens/s, 30 s left"
+@pytest.mark.parametrize(
+    ("wanted", "device", "pools"),
+    [(None, "cpu", []), (None, "cuda", [None]), (0, "cuda", []), (3, "cpu", [3])],
+)
+def test_texts_are_tokenised_by_processes_where_that_pays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: int | None, device: str, pools: list[int | None]
+) -> None:
+    from embedder import tokenise_pool
 
+    opened: list[int | None] = []
+    closed: list[bool] = []
 
-def test_failing_rows_are_found_by_halving() -> None:
-    rows = [np.array([i + 1], np.int32) for i in range(64)]
-    rows[5] = rows[41] = np.array([POISON], np.int32)
-    engine = QuickEngine()
-    encoded = encode._encode_rows(engine, rows, 384, True, lambda _tokens: None)
-    assert set(encoded.errors) == {5, 41}
-    good = [i for i in range(64) if i not in encoded.errors]
-    np.testing.assert_allclose(np.linalg.norm(encoded.vectors[good], axis=1), 1, atol=1e-6)
-    assert engine.batches < 40
+    class Pool:
+        def __init__(self, _model: object, workers: int | None, **_options: object) -> None:
+            opened.append(workers)
+
+        tokenise = staticmethod(quick_embedder().tokeniser.tokenise)
+
+        def close(self) -> None:
+            closed.append(True)
+
+    monkeypatch.setattr(tokenise_pool, "TokeniserPool", Pool)
+    monkeypatch.setattr(engines, "choose", lambda *_: ("some", device))
+    source = write_input(tmp_path / "in.parquet", some(3))
+    settings = Settings(tokeniser_processes=wanted)
+    assert job.run(source, tmp_path / "out", settings, embedder=quick_embedder()).embedded == 3
+    assert (opened, len(closed)) == (pools, len(pools))

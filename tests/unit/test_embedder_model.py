@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -91,25 +92,30 @@ def test_the_length_is_never_above_the_positions_the_model_has(tmp_path: Path) -
     [
         ({"config.json": None}, "config.json is missing"),
         ({"config.json": "{"}, "not valid JSON"),
-        ({"config.json": {**CONFIG, "model_type": "xlm-roberta"}}, "model_type is 'xlm-roberta'"),
-        ({"config.json": {**CONFIG, "hidden_act": "relu"}}, "hidden_act is 'relu'"),
-        ({"config.json": {**CONFIG, "position_embedding_type": "relative_key"}}, "position_embedding_type"),
+        ({"config.json": []}, "must be an object"),
+        ({"config.json": {**CONFIG, "auto_map": {"AutoModel": "mine.Model"}}}, "(auto_map)"),
         ({"config.json": {**CONFIG, "hidden_size": None}}, "hidden_size must be a whole number"),
         ({"modules.json": None}, "modules.json is missing"),
         ({"modules.json": {}}, "must be a list"),
-        ({"modules.json": [*MODULES[:2], {"path": "2", "type": "x.Dense"}]}, "Transformer, Pooling, Dense"),
+        ({"modules.json": [MODULES[1]]}, "lists the modules Pooling"),
+        ({"modules.json": [*MODULES[:2], {"path": "2", "type": "x.Dense"}]}, "how many dimensions"),
         ({"modules.json": [{**MODULES[0], "path": "0_T"}, *MODULES[1:]]}, "subfolder '0_T'"),
-        ({"1_Pooling/config.json": {"pooling_mode_max_tokens": True}}, "max_tokens"),
-        ({"1_Pooling/config.json": {}}, "pooling by nothing"),
-        (
-            {"1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "pooling_mode_cls_token": True}},
-            "exactly one",
-        ),
+        ({"1_Pooling/config.json": {}}, "names no pooling"),
         (
             {"1_Pooling/config.json": {"pooling_mode_mean_tokens": True, "include_prompt": False}},
             "include_prompt",
         ),
+        ({"config_sentence_transformers.json": {"truncate_dim": 64}}, "(truncate_dim)"),
+        ({"tokenizer_config.json": {"truncation_side": "left"}}, "(truncation_side)"),
         ({"model.safetensors": None}, "model.safetensors is missing"),
+        (
+            {"model.safetensors": None, "model.safetensors.index.json": {"weight_map": {"a": "../a"}}},
+            "must name files in this folder",
+        ),
+        (
+            {"model.safetensors": None, "model.safetensors.index.json": {"weight_map": {"a": "a"}}},
+            "/a is missing",
+        ),
         ({"tokenizer.json": None}, "tokenizer.json is missing"),
     ],
 )
@@ -120,6 +126,56 @@ def test_an_unusable_folder_is_refused_by_name_rule_and_remedy(
         open_model(make_folder(tmp_path, **changes))
     assert says in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"config.json": {**CONFIG, "model_type": "distilbert"}},
+        {"config.json": {**CONFIG, "hidden_act": "gelu_new"}},
+        {"config.json": {**CONFIG, "hidden_act": "relu"}},
+        {"config.json": {**CONFIG, "position_embedding_type": "relative_key"}},
+        {"config.json": {**CONFIG, "is_decoder": True}},
+        {"sentence_bert_config.json": {"transformer_task": "fill-mask"}},
+        {"1_Pooling/config.json": {"pooling_mode_max_tokens": True, "word_embedding_dimension": 32}},
+        {"1_Pooling/config.json": {"pooling_mode": ["mean", "cls"], "embedding_dimension": 16}},
+    ],
+)
+def test_whatever_the_graph_does_not_compute_is_another_architecture(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    pooling = {"pooling_mode": "mean", "word_embedding_dimension": 32}
+    model = open_model(make_folder(tmp_path, **{"1_Pooling/config.json": pooling, **changes}))
+    assert (model.architecture, model.dimensions) == ("other", 32)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture", "padding", "positions", "length"),
+    [
+        ("bert", "bert", 0, 64, 64),
+        ("xlm-roberta", "xlm-roberta", 1, 64, 62),
+        ("roberta", "xlm-roberta", 5, 64, 58),
+        ("mpnet", "mpnet", 5, 64, 62),
+    ],
+)
+def test_positions_that_begin_behind_the_padding_id_cost_length(
+    tmp_path: Path, model_type: str, architecture: str, padding: int, positions: int, length: int
+) -> None:
+    config = {
+        **CONFIG,
+        "model_type": model_type,
+        "pad_token_id": padding,
+        "max_position_embeddings": positions,
+    }
+    model = open_model(make_folder(tmp_path, **{"config.json": config, "sentence_bert_config.json": None}))
+    assert (model.architecture, model.max_length) == (architecture, length)
+
+
+def test_the_tokenizer_says_the_length_where_nothing_else_does(tmp_path: Path) -> None:
+    files = {"sentence_bert_config.json": None, "tokenizer_config.json": {"model_max_length": 40}}
+    assert open_model(make_folder(tmp_path / "a", **files)).max_length == 40
+    unlimited = {"sentence_bert_config.json": None, "tokenizer_config.json": {"model_max_length": 1e30}}
+    assert open_model(make_folder(tmp_path / "b", **unlimited)).max_length == 64
 
 
 def test_a_missing_folder_says_where_to_name_one(tmp_path: Path) -> None:
@@ -146,8 +202,23 @@ def test_default_weights_with_another_digest_are_refused(
 
 
 def test_weights_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(EmbedderError, match="cannot be read as safetensors"):
-        models.load_weights(open_model(make_folder(tmp_path)))
+    header = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
+    for content in (b"", b"weights", b"\xff" * 9, len(header).to_bytes(8, "little") + header + b"\0" * 8):
+        (tmp_path / "model.safetensors").write_bytes(content)
+        with pytest.raises(EmbedderError, match="cannot be read as safetensors"):
+            models.load_weights(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"\0" * 16)
+    assert models.load_weights(tmp_path)["a"].tolist() == [0] * 4
+
+
+def test_bfloat16_is_the_upper_half_of_a_float(tmp_path: Path) -> None:
+    header = b'{"a":{"dtype":"BF16","shape":[1,2],"data_offsets":[0,4]},"b":{"dtype":"I64"}}'
+    values = np.array([1.5, -2.0], np.float32).view(np.uint32) >> 16
+    content = len(header).to_bytes(8, "little") + header + values.astype("<u2").tobytes()
+    (tmp_path / "model.safetensors").write_bytes(content)
+    assert {name: found.tolist() for name, found in models.load_weights(tmp_path).items()} == {
+        "a": [[1.5, -2.0]]
+    }
 
 
 @pytest.mark.parametrize(
@@ -161,7 +232,8 @@ def test_weights_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:
         ("max_length", 128),
         ("dimensions", 128),
         ("lower_case", True),
-        ("heads", 6),
+        ("config", {**open_model().config, "num_attention_heads": 6}),
+        ("architecture", "xlm-roberta"),
     ],
 )
 def test_whatever_changes_a_vector_changes_the_release(field: str, value: object) -> None:

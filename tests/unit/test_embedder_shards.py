@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import pickle
 import tempfile
+from collections.abc import Collection
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +25,8 @@ from embedder.shards import Plan, Shard, distinct_rows, locked, make_plan, shard
 
 FINGERPRINT = {"model_sha256": "m", "dimensions": 4}
 OTHER = {"model_sha256": "other", "dimensions": 4}
+MADE_BY = {"engine": "fake", "device": "cpu", "dtype": "f32"}
+NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 keys_lists = st.lists(st.sampled_from([f"key{i}" for i in range(30)]), max_size=40)
 
@@ -34,33 +40,41 @@ def vector(key: str) -> npt.NDArray[np.float32]:
     return np.random.default_rng(seed).normal(size=4).astype(np.float32)
 
 
-def plan_of(folder: Path, keys: list[str], size: int = 4) -> Plan:
-    return make_plan(folder, FINGERPRINT, as_column(keys), shard_size=size)
+def plan_of(
+    folder: Path, keys: list[str], size: int = 4, now: datetime = NOW, parked: Collection[str] = ()
+) -> Plan:
+    return make_plan(
+        folder, FINGERPRINT, as_column(keys), now=now, parked=lambda _now: parked, shard_size=size
+    )
 
 
-def write(folder: Path, shard: Shard, failures: dict[str, str] | None = None) -> None:
+def keys_of(shard: Shard, keys: list[str]) -> list[str]:
+    return [keys[row] for row in shard.rows]
+
+
+def write(folder: Path, shard: Shard, keys: list[str], failures: dict[str, str] | None = None) -> None:
     failures = failures or {}
-    good = [vector(key) for key in shard.keys if key not in failures]
-    vectors = np.stack(good) if good else np.zeros((0, 4), np.float32)
-    shards.write_shard(folder, shard, vectors, failures, fingerprint=FINGERPRINT, engine="fake", dtype="f32")
+    good = [key for key in keys_of(shard, keys) if key not in failures]
+    vectors = np.stack([vector(key) for key in good]) if good else np.zeros((0, 4), np.float32)
+    shards.write_shard(folder, shard, good, vectors, failures, fingerprint=FINGERPRINT, **MADE_BY)
 
 
-def work(folder: Path, keys: list[str], *, killed_after: int | None = None) -> int:
+def work(folder: Path, keys: list[str], *, killed_after: int | None = None, now: datetime = NOW) -> int:
     """One run; returns the number of keys embedded. A killed one stops without ending its plan."""
     with locked(folder):
-        plan = plan_of(folder, keys)
-        missing = [shard for shard in plan.shards if shard.shard_id not in plan.finished]
-        for shard in missing[:killed_after]:
-            write(folder, shard)
-        if killed_after is None or killed_after > len(missing):
+        plan = plan_of(folder, keys, now=now)
+        for shard in plan.missing[:killed_after]:
+            write(folder, shard, keys)
+        if killed_after is None or killed_after > len(plan.missing):
             shards.end_plan(folder)
-        return sum(len(shard.keys) for shard in missing[:killed_after])
+        return sum(len(shard.rows) for shard in plan.missing[:killed_after])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in protocol.shard_paths(folder)}
 
 
+@settings(deadline=None)
 @given(keys_lists)
 def test_distinct_keys_keep_the_order_and_place_they_are_first_seen_at(keys: list[str]) -> None:
     distinct, rows = distinct_rows(as_column(keys))
@@ -79,7 +93,7 @@ def test_distinct_rows_are_found_across_the_pieces_of_a_column() -> None:
 def test_whatever_inputs_and_kills_follow_each_other_no_key_is_twice_and_none_is_lost(
     runs: list[tuple[list[str], int | None]],
 ) -> None:
-    with tempfile.TemporaryDirectory() as name:
+    with mock.patch("os.fsync"), tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for keys, killed_after in runs:
             work(folder, keys, killed_after=killed_after)
@@ -98,7 +112,7 @@ def test_whatever_inputs_and_kills_follow_each_other_no_key_is_twice_and_none_is
 def test_a_killed_and_resumed_run_leaves_the_files_of_an_uninterrupted_one(
     before: list[str], keys: list[str], kills: list[int]
 ) -> None:
-    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+    with mock.patch("os.fsync"), tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
         for folder in (Path(one), Path(two)):
             work(folder, before)
         work(Path(one), keys)
@@ -118,14 +132,72 @@ def test_one_changed_text_is_one_key_to_embed(tmp_path: Path) -> None:
 def test_vectors_of_another_model_do_not_count_as_present(tmp_path: Path) -> None:
     work(tmp_path, ["a", "b"])
     with locked(tmp_path):
-        plan = make_plan(tmp_path, OTHER, as_column(["a", "b"]))
-    assert [shard.keys for shard in plan.shards] == [["a", "b"]]
+        plan = make_plan(tmp_path, OTHER, as_column(["a", "b"]), now=NOW)
+    assert [shard.rows.tolist() for shard in plan.shards] == [[0, 1]]
     assert shard_id(OTHER, ["a", "b"]) != shard_id(FINGERPRINT, ["a", "b"])
 
 
 def test_a_shard_is_named_by_its_keys_and_their_order() -> None:
     assert shard_id(FINGERPRINT, ["a", "b"]) != shard_id(FINGERPRINT, ["b", "a"])
     assert shard_id(FINGERPRINT, ["a", "b"]) != shard_id(FINGERPRINT, ["ab"])
+
+
+def test_a_resumed_plan_keeps_the_decision_of_the_first_attempt(tmp_path: Path) -> None:
+    keys = [f"k{i}" for i in range(10)]
+    with locked(tmp_path):
+        first = plan_of(tmp_path, keys, parked=["k1", "absent"])
+        write(tmp_path, first.missing[0], keys)
+
+        def parked(at: datetime) -> list[str]:
+            return ["k1"] if at == NOW else []
+
+        later = make_plan(
+            tmp_path,
+            FINGERPRINT,
+            as_column(keys),
+            now=NOW + timedelta(days=1),
+            parked=parked,
+            shard_size=4,
+        )
+    assert later.planned_at == first.planned_at == NOW
+    assert later.parked == first.parked == {"k1"}
+    assert [shard.shard_id for shard in later.missing] == [shard.shard_id for shard in first.missing[1:]]
+
+
+def test_a_plan_of_which_nothing_was_made_is_decided_anew(tmp_path: Path) -> None:
+    with locked(tmp_path):
+        plan_of(tmp_path, ["a", "b"], parked=["a"])
+        again = plan_of(tmp_path, ["a", "b"], now=NOW + timedelta(days=1))
+    assert (again.planned_at, again.parked) == (NOW + timedelta(days=1), frozenset())
+
+
+def test_a_damaged_plan_file_is_no_plan(tmp_path: Path) -> None:
+    for content in ("no", "[]", '{"work": 1}', '{"work": null, "earlier": 3, "planned_at": "x"}'):
+        (tmp_path / protocol.PLAN_FILE).write_text(content)
+        assert work(tmp_path, ["a"]) in (0, 1)
+    assert work(tmp_path, ["a"]) == 0
+
+
+def test_a_descriptor_is_small_enough_to_be_sent(tmp_path: Path) -> None:
+    keys = [hashlib.sha256(str(i).encode()).hexdigest() for i in range(4096)]
+    with locked(tmp_path):
+        (shard,) = plan_of(tmp_path, keys, size=4096).shards
+    sent = pickle.dumps(shard)
+    assert len(sent) < 9 * 4096
+    assert pickle.loads(sent).rows.tolist() == shard.rows.tolist()
+
+
+def test_a_full_disk_is_named_and_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_table: pa.Table, path: Path, **_options: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pq, "write_table", full)
+    with pytest.raises(EmbedderError, match="No space left on device"):
+        work(tmp_path, ["a"])
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_a_live_run_keeps_others_out_and_a_dead_ones_leftovers_go(tmp_path: Path) -> None:
@@ -155,29 +227,30 @@ def test_a_broken_shard_is_moved_aside_and_made_again(tmp_path: Path) -> None:
     broken.write_bytes(b"PAR1 half a file")
     said: list[str] = []
     with locked(tmp_path):
-        plan = make_plan(tmp_path, FINGERPRINT, as_column(["a", "b"]), say=said.append)
+        plan = make_plan(tmp_path, FINGERPRINT, as_column(["a", "b"]), now=NOW, say=said.append)
         for shard in plan.shards:
-            write(tmp_path, shard)
+            write(tmp_path, shard, ["a", "b"])
     assert contents(tmp_path) == good
     assert len(said) == 1 and "moved aside" in said[0]
     assert broken.with_suffix(".unreadable").exists()
 
 
 def test_a_shard_says_how_it_was_made_and_what_failed(tmp_path: Path) -> None:
-    shard = Shard(shard_id(FINGERPRINT, ["a", "b"]), ["a", "b"], np.array([0, 1]))
-    write(tmp_path, shard, {"a": "text is empty"})
+    shard = Shard(0, shard_id(FINGERPRINT, ["a", "b"]), np.array([0, 1]))
+    write(tmp_path, shard, ["a", "b"], {"a": "text is empty"})
     (path,) = protocol.shard_paths(tmp_path)
     schema = pq.read_schema(path)
     assert schema.field("vector").type == pa.list_(pa.float32(), 4)
     assert schema.field("content_hash").type == pa.string()
     assert protocol.shard_metadata(path)[protocol.META_ENGINE] == b"fake"
+    assert protocol.shard_metadata(path)[protocol.META_DEVICE] == b"cpu"
     assert protocol.shard_metadata(path)[protocol.META_DTYPE] == b"f32"
-    assert shards.shard_failures(tmp_path, shard) == {"a": "text is empty"}
+    assert shards.shard_failures(tmp_path, shard.shard_id) == {"a": "text is empty"}
     assert read_vectors(tmp_path)[0] == ["b"]
 
 
 def test_a_shard_without_any_vector_is_not_written(tmp_path: Path) -> None:
-    write(tmp_path, Shard("0" * 32, ["a"], np.array([0])), {"a": "text is empty"})
+    write(tmp_path, Shard(0, "0" * 32, np.array([0])), ["a"], {"a": "text is empty"})
     assert not protocol.shard_paths(tmp_path)
 
 
@@ -202,9 +275,9 @@ def test_reading_an_empty_or_absent_folder_gives_nothing(tmp_path: Path) -> None
 def test_vectors_of_two_releases_are_never_mixed(tmp_path: Path) -> None:
     work(tmp_path, ["a"])
     assert read_fingerprint(tmp_path) == FINGERPRINT
-    shard = Shard(shard_id(OTHER, ["a"]), ["a"], np.array([0]))
+    shard = Shard(0, shard_id(OTHER, ["a"]), np.array([0]))
     flipped: Any = -vector("a")[None]
-    shards.write_shard(tmp_path, shard, flipped, {}, fingerprint=OTHER, engine="fake", dtype="f32")
+    shards.write_shard(tmp_path, shard, ["a"], flipped, {}, fingerprint=OTHER, **MADE_BY)
     with pytest.raises(EmbedderError, match="several releases"):
         read_vectors(tmp_path)
     from embedder.model import release_id

@@ -1,13 +1,12 @@
 """Retrieval measures: known values, honest intervals, and questions that found nothing."""
 
 import math
-from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from assets.evaluation.retrieval import METRICS, compare, evaluate, inputs_digest, search_run
+from assets.evaluation.retrieval import METRICS, compare, evaluate, inputs_digest
 
 
 def values(qrels: dict[str, dict[str, int]], run: dict[str, dict[str, float]]) -> dict[str, float | None]:
@@ -27,20 +26,25 @@ def test_known_values() -> None:
 
 def test_only_the_first_ten_count() -> None:
     run = {"a": {f"x{n:02d}": 20.0 - n for n in range(10)} | {"d1": 1.0}}
-    assert values({"a": {"d1": 1}}, run) == {"nDCG@10": 0, "R@10": 0, "RR@10": 0}
+    assert values({"a": {"d1": 1}}, run) == {
+        "nDCG@10": 0,
+        "R@10": 0,
+        "R@100": 1,
+        "RR@10": 0,
+    }
 
 
 @pytest.mark.parametrize("nothing", [{}, {"b": {}}])
 def test_a_question_without_results_counts_as_zero(nothing: dict[str, dict[str, float]]) -> None:
     qrels = {"a": {"d1": 1}, "b": {"d1": 1}}
     measures = evaluate(qrels, {"a": {"d1": 1.0}, **nothing})
-    assert [(measure.value, measure.n) for measure in measures] == [(0.5, 2)] * 3
+    assert [(measure.value, measure.n) for measure in measures] == [(0.5, 2)] * 4
 
 
 def test_equal_scores_rank_by_document_id_for_every_metric() -> None:
     qrels = {"a": {"d1": 1}}
     assert values(qrels, {"a": {"d0": 1.0, "d1": 1.0}})["RR@10"] == 0.5
-    assert values(qrels, {"a": {"d1": 1.0, "d2": 1.0}}) == {"nDCG@10": 1, "R@10": 1, "RR@10": 1}
+    assert values(qrels, {"a": {"d1": 1.0, "d2": 1.0}}) == dict.fromkeys(METRICS, 1)
 
 
 def test_below_thirty_questions_it_says_so() -> None:
@@ -82,12 +86,25 @@ def test_measures_lie_in_their_intervals_and_in_range(run: dict[str, dict[str, f
 
 
 def test_comparing_is_paired() -> None:
-    qrels = {f"q{i:03d}": {"d": 1} for i in range(40)}
-    half = {qid: {"d": 1.0} for i, qid in enumerate(qrels) if i % 2}
-    same = compare(qrels, half, half)
-    assert {(m.value, m.low, m.high) for m in same} == {(0, 0, 0)}
-    better = compare(qrels, {qid: {"d": 1.0} for qid in qrels}, half)
-    assert all(m.value == 0.5 and m.low is not None and m.low > 0 for m in better)
+    half = {f"q{i:03d}": float(i % 2) for i in range(40)}
+    same = compare(half, half)
+    assert (same.value, same.low, same.high, same.n) == (0, 0, 0, 40)
+    better = compare(dict.fromkeys(half, 1.0), half)
+    assert better.value == 0.5 and better.low is not None and better.low > 0
+    worse = compare(half, dict.fromkeys(half, 1.0))
+    assert worse.high is not None and worse.high < 0
+    assert better == compare(dict.fromkeys(reversed(half), 1.0), half)
+
+
+def test_comparing_takes_the_questions_of_both() -> None:
+    gained = compare({"a": 1.0, "b": 0.0}, {"b": 1.0, "c": 0.0})
+    assert (gained.value, gained.n, gained.status) == (-1, 1, "not enough data")
+    assert compare({"a": 1.0}, {}).value is None
+
+
+def test_what_each_question_scored_is_kept() -> None:
+    (ndcg, *_) = evaluate({"a": {"d": 1}, "b": {"d": 1}}, {"b": {"d": 1.0}})
+    assert ndcg.by_question == {"a": 0, "b": 1}
 
 
 def test_questions_that_cannot_be_scored_are_refused() -> None:
@@ -103,39 +120,3 @@ def test_the_digest_of_inputs_follows_the_ranking_not_the_scores() -> None:
     assert inputs_digest(qrels, {"q": {"e": 0.1, "d": 0.2}}) == base
     assert inputs_digest(qrels, {"q": {"d": 1.0, "e": 2.0}}) != base
     assert inputs_digest({"q": {"e": 1}}, {"q": {"d": 2.0, "e": 1.0}}) != base
-
-
-class Index:
-    """A connection whose search function returns the chunks it was given, best first."""
-
-    def __init__(self, chunks: list[tuple[str, float]]) -> None:
-        self.chunks = chunks
-        self.asked: list[Any] = []
-
-    def cursor(self, row_factory: Any) -> "Index":
-        return self
-
-    def __enter__(self) -> "Index":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        return None
-
-    def execute(self, statement: str, parameters: Any) -> None:
-        self.asked.append(parameters)
-
-    def __iter__(self) -> Any:
-        return iter(self.chunks)
-
-
-def test_documents_rank_by_their_best_chunk() -> None:
-    index = Index([("a", 0.9), ("a", 0.8), ("b", 0.7), ("a", 0.6), ("c", 0.5)])
-    run = search_run(index, [("q", "text", [0.5, -1.0])], "vector", k=2)  # type: ignore[arg-type]
-    assert run == {"q": {"a": 0.9, "b": 0.7}}
-    assert index.asked == [("text", "[0.5,-1.0]", 10, "vector")]
-
-
-def test_text_mode_needs_no_vector_and_may_find_nothing() -> None:
-    index = Index([])
-    assert search_run(index, [("q", "text", None)], "text") == {"q": {}}  # type: ignore[arg-type]
-    assert index.asked == [("text", None, 50, "text")]

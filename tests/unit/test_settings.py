@@ -49,3 +49,13 @@ def test_when_training_sets_are_made_can_be_set() -> None:
 def test_a_batch_that_is_none_says_so(name: str, value: str) -> None:
     with pytest.raises(SettingsError, match=f"{name}={value}.*at least"):
         Settings.from_environment({name: value})
+
+
+def test_what_embedding_may_cost_goes_to_the_job() -> None:
+    assert Settings.from_environment({}).embedding_options == ()
+    settings = Settings.from_environment({"EMBEDDING_PRICE_PER_HOUR": "2.5", "EMBEDDING_MAX_COST": "40"})
+    assert settings.embedding_options == ("--price-per-hour", "2.5", "--max-cost", "40")
+    with pytest.raises(SettingsError, match=r"EMBEDDING_MAX_COST=40.*EMBEDDING_PRICE_PER_HOUR"):
+        Settings.from_environment({"EMBEDDING_MAX_COST": "40"})
+    with pytest.raises(SettingsError, match="EMBEDDING_PRICE_PER_HOUR=free"):
+        Settings.from_environment({"EMBEDDING_PRICE_PER_HOUR": "free"})

@@ -8,13 +8,15 @@ PASSAGES = [
 ]
 
 
-def passages(question: str, k: int) -> list[dict[str, Any]]:
-    """Two passages; nothing for a question about nothing; what goes wrong when there is no index, or a fault."""
+def passages(
+    question: str, k: int, mode: str = "hybrid", filter: dict[str, list[str]] | None = None
+) -> list[dict[str, Any]]:
+    """Two passages of the source ``manuals``; nothing for a question about nothing; what goes wrong when there is no index, or a fault."""
     if "no index" in question:
         raise LookupError("No index is live: run `moat run` first")
     if "fault" in question:
         raise RuntimeError("secret detail")
-    if "nothing" in question:
+    if "nothing" in question or "manuals" not in (filter or {}).get("source", ["manuals"]):
         return []
     return [
         {

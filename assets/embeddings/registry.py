@@ -1,0 +1,462 @@
+"""Which embedding release is live, and how that changes: promotion, rollback, and the record of both.
+
+A release is a table of vectors, ``retrieval.release_<name>``, and a row in ``registry.embedding_release``.
+``retrieval.live`` is a view over the table that is searched; promoting and rolling back move the view, in one
+transaction, under readers. Belongs here: that view and those rows. Does not belong here: loading vectors (index),
+deciding whether a candidate is good enough (candidate), Dagster.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.types.json import Jsonb
+
+from assets.embeddings.release import Release, current_release, vectors_of
+
+Connection = psycopg.Connection[Any]
+
+REQUIRED_CHECKS = ("coverage", "vectors_are_sound", "neighbours", "retrieval")
+"""Checks of a candidate that must have passed, after its newest load, before it may be promoted."""
+
+# Whoever waits for the view makes every later reader wait behind it: so briefly, and again.
+LOCK_TIMEOUT = "25ms"
+LOCK_ATTEMPTS = 400
+LOCK_PAUSE_SECONDS = 0.2
+
+RELEASE_ROWS = (
+    "select v.passage_no, p.content_hash, v.embedding from {} v join retrieval.passage p using (passage_no)"
+)
+
+
+class ReleaseError(Exception):
+    """What was asked of a release cannot be done; the message says why and what to do."""
+
+
+class NotLive(ReleaseError):
+    """No release can be searched; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class LiveRelease:
+    """The release that searches use.
+
+    Attributes:
+        name: Its name.
+        model_folder: Folder of the model that questions must be embedded with; None for the installed one.
+        dimensions: Length of a vector.
+        vectors: The embedder's name for the model: what ``current_release(model_folder).vectors`` must be.
+    """
+
+    name: str
+    model_folder: Path | None
+    dimensions: int
+    vectors: str
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The release that a run of the assets feeds, and what a person should know about the choice."""
+
+    release: Release
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ReleaseState:
+    """A release as the registry knows it.
+
+    Attributes:
+        state: ``candidate``, ``live`` or ``retired``.
+        vectors: Rows of its table.
+        missing: Texts that may be retrieved and that it has no vector of.
+        checks: Newest outcome by name: ``passed`` and the figures.
+        current: Whether the checks were run after the newest load.
+    """
+
+    name: str
+    state: str
+    model: Path | None
+    dimensions: int
+    created_at: datetime
+    loaded_at: datetime | None
+    retired_at: datetime | None
+    vectors: int
+    missing: int
+    checks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    current: bool = False
+
+    def objections(self) -> list[str]:
+        """Why it may not be promoted; empty when it may."""
+        if not self.current:
+            return ["its checks have not been run since its newest load"]
+        never = [name for name in REQUIRED_CHECKS if name not in self.checks]
+        failed = [
+            name for name in REQUIRED_CHECKS if name in self.checks and not self.checks[name].get("passed")
+        ]
+        return (
+            [f"check {name} was not run" for name in never]
+            + [f"check {name} did not pass" for name in failed]
+            + ([f"{self.missing:,} texts have no vector in it by now"] if self.missing else [])
+        )
+
+
+def release_table(name: str) -> sql.Identifier:
+    """The table of a release's vectors: ``passage_no int``, ``embedding halfvec(d)``."""
+    return sql.Identifier("retrieval", f"release_{name}")
+
+
+def has_table(connection: Connection, name: str) -> bool:
+    """Whether the release's table is there."""
+    return bool(_value(connection, "select to_regclass(%s)", [f"retrieval.release_{name}"]))
+
+
+def find_live(connection: Connection) -> LiveRelease | None:
+    """The release that searches use; None when none is."""
+    row = connection.execute(
+        "select release, model, dimensions, fingerprint from registry.embedding_release where live"
+    ).fetchone()
+    if row is None:
+        return None
+    name, model, dimensions, fingerprint = row
+    return LiveRelease(name, Path(model) if model else None, dimensions, vectors_of(fingerprint))
+
+
+def live_release(connection: Connection) -> LiveRelease:
+    """The release that searches use, and the model that a question must be embedded with.
+
+    Raises:
+        NotLive: There is none.
+    """
+    live = find_live(connection)
+    if live is None:
+        raise NotLive("the index is empty: 'make run' fills it")
+    return live
+
+
+def chain_release(connection: Connection, setting: Path | None) -> Chain:
+    """The release that the assets feed: the live one's model goes on being served until another is promoted.
+
+    ``setting`` (EMBEDDING_MODEL) decides while nothing is live, says where the live model lies if it moved, and is
+    otherwise not followed. The release differs from the live one where chunks are cut differently by now, or where the
+    live one's folder holds another model: the live one can be fed no more, and its successor goes live by itself.
+
+    Raises:
+        EmbedderError: The model that EMBEDDING_MODEL names cannot be read.
+        NotLive: The live release's model cannot be read.
+    """
+    from embedder.protocol import EmbedderError
+
+    live = find_live(connection)
+    if live is None:
+        return Chain(current_release(setting))
+    notes = []
+    if setting == live.model_folder:
+        release = current_release(setting)
+    else:
+        try:
+            asked = current_release(setting)
+            note = (
+                f"EMBEDDING_MODEL makes release {asked.name} while {live.name} is live: this run goes on feeding the"
+                " live one. To change the model, set EMBEDDING_CANDIDATE to its folder, materialize candidate/*, and"
+                f" run 'moat release promote {asked.name}'"
+            )
+        except EmbedderError as error:
+            asked = None
+            note = f"EMBEDDING_MODEL is not the live release's model, and cannot be read: {error}"
+        if asked is not None and asked.vectors == live.vectors:
+            release = asked
+        else:
+            notes.append(note)
+            try:
+                release = current_release(live.model_folder)
+            except EmbedderError as error:
+                raise NotLive(
+                    f"the model of the live release {live.name} cannot be read ({error}): put it back, or set"
+                    " EMBEDDING_MODEL to the folder where it lies now"
+                ) from error
+    if release.name != live.name:
+        why = (
+            "chunks are cut differently"
+            if release.vectors == live.vectors
+            else "its folder holds another model"
+        )
+        notes.append(
+            f"the live release {live.name} can be fed no more ({why}): {release.name} follows it once it covers what"
+            " the live one answers with"
+        )
+    return Chain(release, tuple(notes))
+
+
+def register(connection: Connection, release: Release) -> None:
+    """Make the release known, or take note that its model lies elsewhere now."""
+    connection.execute(
+        "insert into registry.embedding_release as r (release, fingerprint, dimensions, model)"
+        " values (%s, %s, %s, %s)"
+        " on conflict (release) do update set model = excluded.model where r.model is distinct from excluded.model",
+        [release.name, Jsonb(dict(release.fingerprint)), release.dimensions, _text(release.model)],
+    )
+
+
+def record_checks(connection: Connection, release: str, checks: Mapping[str, Mapping[str, Any]]) -> None:
+    """Replace what is known of a release's checks.
+
+    Args:
+        checks: By name, ``passed`` and the figures it was decided by.
+    """
+    connection.execute(
+        "update registry.embedding_release set checks = %s, checked_at = clock_timestamp() where release = %s",
+        [Jsonb({name: dict(outcome) for name, outcome in checks.items()}), release],
+    )
+
+
+def releases(connection: Connection, only: str | None = None) -> list[ReleaseState]:
+    """Every release, the oldest first; or the one of that name.
+
+    Counts vectors and missing texts, which takes a second for a million.
+    """
+    rows = connection.execute(
+        "select release, state, model, dimensions, created_at, loaded_at, retired_at, checks,"
+        " coalesce(checked_at >= loaded_at, false) from registry.embedding_release"
+        " where %(only)s::text is null or release = %(only)s order by created_at, release",
+        {"only": only},
+    ).fetchall()
+    return [
+        ReleaseState(
+            name,
+            state,
+            Path(model) if model else None,
+            dimensions,
+            created_at,
+            loaded_at,
+            retired_at,
+            int(_value(connection, sql.SQL("select count(*) from {}").format(release_table(name)), [])),
+            missing_texts(connection, name),
+            checks,
+            current,
+        )
+        for name, state, model, dimensions, created_at, loaded_at, retired_at, checks, current in rows
+        if has_table(connection, name)
+    ]
+
+
+def find_release(connection: Connection, name: str) -> ReleaseState:
+    """The release of that name.
+
+    Raises:
+        ReleaseError: There is none.
+    """
+    found = releases(connection, name)
+    if not found:
+        known = connection.execute(
+            "select release from registry.embedding_release order by created_at, release"
+        )
+        names = ", ".join(row[0] for row in known) or "none, for none is built"
+        raise ReleaseError(f"there is no release {name}: take one of {names}")
+    return found[0]
+
+
+def missing_texts(connection: Connection, name: str) -> int:
+    """Texts of sources that may be retrieved without a vector in this release.
+
+    A text that was refused here and has no vector in the live release either loses nothing, and does not count.
+    """
+    forgiven = (
+        sql.SQL(
+            " and not (exists (select from retrieval.embedding_failure f"
+            " where f.release = {} and f.content_hash = p.content_hash)"
+            " and not exists (select from retrieval.live l where l.passage_no = p.passage_no))"
+        ).format(sql.Literal(name))
+        if _view_exists(connection)
+        else sql.SQL("")
+    )
+    return int(
+        _value(
+            connection,
+            sql.SQL(
+                "select count(*) from retrieval.passage p where exists (select from corpus.chunk c"
+                " join registry.source s using (source)"
+                " where c.content_hash = p.content_hash and 'rag' = any(s.allowed_uses))"
+                " and not exists (select from {} v where v.passage_no = p.passage_no){}"
+            ).format(release_table(name), forgiven),
+            [],
+        )
+    )
+
+
+def promote(connection: Connection, release: str, who: str, why: str, force: bool = False) -> ReleaseState:
+    """Make ``release`` the one that is searched, in one transaction; the one before stays for a rollback.
+
+    Args:
+        who: The person, for the record.
+        why: The reason, for the record.
+        force: Promote although its checks object.
+
+    Returns:
+        The release as it was before.
+
+    Raises:
+        ReleaseError: It does not exist, is live already, its checks object, or readers do not let go of the view.
+    """
+    with connection.transaction():
+        one_move_at_a_time(connection)
+        chosen = find_release(connection, release)
+        if chosen.state == "live":
+            raise ReleaseError(f"release {release} is live already")
+        objections = chosen.objections()
+        if objections and not force:
+            raise ReleaseError(
+                f"release {release} may not be promoted: {'; '.join(objections)}. Materialize candidate/release (or run"
+                f" 'moat release check {release}'), or force it and say why"
+            )
+        move(connection, "promote", release, who, why, forced=bool(objections))
+    return chosen
+
+
+def rollback(connection: Connection, who: str, why: str) -> str:
+    """Go back to the release that was live before the live one was promoted; returns its name.
+
+    Raises:
+        ReleaseError: There was none, or its table was dropped.
+    """
+    with connection.transaction():
+        one_move_at_a_time(connection)
+        live = live_release(connection)
+        row = connection.execute(
+            "select previous from registry.promotion where release = %s and action = 'promote' order by id desc limit 1",
+            [live.name],
+        ).fetchone()
+        previous = row[0] if row else None
+        if previous is None:
+            raise ReleaseError(f"no release was live before {live.name}")
+        if not has_table(connection, previous):
+            raise ReleaseError(
+                f"release {previous}, which was live before {live.name}, was dropped: build it again"
+            )
+        move(connection, "rollback", previous, who, why)
+    return str(previous)
+
+
+def move(
+    connection: Connection, action: str, release: str, who: str, why: str, *, forced: bool = False
+) -> None:
+    """Point the view at ``release`` and write down who did it, and why; in the caller's transaction."""
+    if not who.strip() or not why.strip():
+        raise ReleaseError("say who moves the index and why: both are kept in registry.promotion")
+    live = find_live(connection)
+    row = connection.execute(
+        "select dimensions, checks from registry.embedding_release where release = %s", [release]
+    ).fetchone()
+    assert row is not None
+    dimensions, checks = row
+
+    def point() -> None:
+        # A view's columns cannot change their type in place, and the dimension is part of it.
+        point_view(connection, release_table(release), anew=live is None or live.dimensions != dimensions)
+
+    patiently(connection, point)
+    connection.execute(
+        "update registry.embedding_release set state = 'retired', retired_at = now() where live"
+    )
+    connection.execute(
+        "update registry.embedding_release set state = 'live', retired_at = null where release = %s",
+        [release],
+    )
+    connection.execute(
+        "insert into registry.promotion (action, release, previous, who, why, forced, checks)"
+        " values (%s, %s, %s, %s, %s, %s, %s)",
+        [action, release, live.name if live else None, who, why, forced, Jsonb(checks)],
+    )
+
+
+def drop(connection: Connection, release: str) -> None:
+    """Delete a release's table and its row; its vectors stay in the lake, and its promotions in the record.
+
+    Raises:
+        ReleaseError: It does not exist or is live.
+    """
+    with connection.transaction():
+        one_move_at_a_time(connection)
+        if find_release(connection, release).state == "live":
+            raise ReleaseError(f"release {release} is live: promote another one first")
+        patiently(
+            connection, lambda: connection.execute(sql.SQL("drop table {}").format(release_table(release)))
+        )
+        connection.execute("delete from registry.embedding_release where release = %s", [release])
+
+
+def retired_longer_than(connection: Connection, days: float) -> list[str]:
+    """Releases that have been retired for more than so many days, the oldest first."""
+    rows = connection.execute(
+        "select release from registry.embedding_release where retired_at < now() - make_interval(secs => %s)"
+        " order by retired_at",
+        [days * 86_400],
+    )
+    return [row[0] for row in rows]
+
+
+def point_view(connection: Connection, table: sql.Composable, *, anew: bool = False) -> None:
+    """Let ``retrieval.live`` show the vectors of ``table``.
+
+    Args:
+        anew: Drop it first, for a table of another dimension.
+    """
+    if anew:
+        connection.execute("drop view if exists retrieval.live")
+    connection.execute(sql.SQL("create or replace view retrieval.live as " + RELEASE_ROWS).format(table))
+
+
+def patiently(connection: Connection, action: Callable[[], object]) -> None:
+    """Run ``action``, which needs locks that readers hold for moments, without making readers wait behind it.
+
+    Raises:
+        ReleaseError: Readers held the locks for more than a minute.
+    """
+    for attempt in range(LOCK_ATTEMPTS):
+        if attempt:
+            time.sleep(LOCK_PAUSE_SECONDS)
+        try:
+            with connection.transaction():
+                before = _value(connection, "select current_setting('lock_timeout')", [])
+                connection.execute("select set_config('lock_timeout', %s, true)", [LOCK_TIMEOUT])
+                action()
+                connection.execute("select set_config('lock_timeout', %s, true)", [before])
+            return
+        except psycopg.errors.LockNotAvailable:
+            continue
+    holders = connection.execute(
+        "select distinct a.pid, a.application_name from pg_locks l join pg_stat_activity a using (pid)"
+        " join pg_class c on c.oid = l.relation"
+        " where c.relnamespace = 'retrieval'::regnamespace and l.granted and a.pid <> pg_backend_pid()"
+    ).fetchall()
+    raise ReleaseError(
+        "the index could not be changed, for it is being read all the time"
+        + "".join(f"; backend {pid} ({name})" for pid, name in holders)
+        + ": end what holds it, and try again"
+    )
+
+
+def one_move_at_a_time(connection: Connection) -> None:
+    """Until the end of this transaction nobody else changes which table the view shows."""
+    connection.execute("select pg_advisory_xact_lock(hashtext('retrieval.live'))")
+
+
+def _view_exists(connection: Connection) -> bool:
+    return _value(connection, "select to_regclass('retrieval.live')", []) is not None
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _value(connection: Connection, query: Any, parameters: Sequence[Any]) -> Any:
+    row = connection.execute(query, parameters).fetchone()
+    assert row is not None
+    return row[0]
