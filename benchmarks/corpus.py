@@ -1,9 +1,10 @@
 """A corpus of any size from the real texts: overlapping cuts of the same words, in documents that filters can name.
 
 The texts (`benchmarks.texts`) are joined and cut again and again, each time elsewhere, so that every chunk is distinct
-and each passage of text occurs in some twenty chunks that overlap. Queries are the first words of texts that were left out. Vectors of chunks that are not embedded are drawn so that they lie as embedded ones do: around the vector of the
-embedded chunk that covers the same words, as far away as embedded neighbours are from each other, in directions in
-which embedded vectors differ. Uniform random vectors would have no neighbours, and a graph over them another recall.
+and each passage of text occurs in some twenty chunks that overlap. Queries are the first words of texts that were left
+out. Vectors of chunks that are not embedded are drawn so that they lie as embedded ones do: around the vector of the
+embedded chunk that covers the same words, as far from each other as embedded neighbours are, in directions in which
+embedded vectors differ. Uniform random vectors would have no neighbours, and a graph over them another recall.
 
 Belongs here: chunks, queries, vectors, and the corpus in the database. Does not belong here: measuring.
 """

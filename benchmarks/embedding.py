@@ -42,7 +42,7 @@ from benchmarks.texts import texts
 from embedder.canary import MIN_COSINE, worst_cosine
 from embedder.encode import Embedder
 from embedder.engines.encoder_graph import import_openvino
-from embedder.engines.openvino import fast_precision, physical_cores
+from embedder.machine import fast_precision, physical_cores
 from embedder.model import Model, open_model
 
 Floats = npt.NDArray[np.float32]
@@ -316,22 +316,18 @@ def runners(model: Path, sample: list[str], rounds: int, folder: Path) -> dict[s
         started = time.perf_counter()
         embedder.encode(sample, as_query=False)
         rates["memory"].append(tokens / (time.perf_counter() - started))
-        for name, extra in (
-            ("file", []),
-            ("ray", ["--runner", "ray", "--shard-size", str(len(sample) // 4)]),
-        ):
+        for name, runner in (("file", "local"), ("ray", "ray")):
             summary = folder / f"{name}{number}.json"
-            command = [
-                sys.executable,
-                "-m",
-                "embedder",
-                "--input",
-                source,
-                "--output",
-                folder / f"{name}{number}",
-            ]
+            arguments = {
+                "input": source,
+                "output": folder / f"{name}{number}",
+                "model": model,
+                "runner": runner,
+                "shard-size": len(sample) // 4,
+                "summary": summary,
+            }
             done = subprocess.run(
-                [*map(str, command), "--model", str(model), "--summary", str(summary), *extra],
+                [sys.executable, "-m", "embedder", *(f"--{key}={value}" for key, value in arguments.items())],
                 cwd=ROOT,
                 capture_output=True,
                 text=True,

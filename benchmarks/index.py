@@ -40,7 +40,6 @@ import pyarrow.parquet as pq
 
 from assets.embeddings.dataset import export_chunks
 from assets.embeddings.index import (
-    build_graph,
     graph_of,
     graph_resources,
     load_vectors,
@@ -186,6 +185,7 @@ def full(place: Place, corpus: Corpus, embed: int) -> dict[str, Any]:
     return {
         "steps": {"export": exported, "vectors": vectors, **steps},
         "embedding_s": seconds,
+        "embedding_extrapolated_s": vectors,
         "embedding_chunks_per_s": summary["chunks_per_s"],
         "embedding_tokens_per_s": summary["tokens_per_s"],
         "tokens_per_chunk": summary["tokens"] / summary["embedded"],
@@ -260,7 +260,6 @@ def load_vs_copy(place: Place, vectors: Floats, rounds: int) -> dict[str, float]
     keys = np.arange(rows, dtype=np.int32)
     seconds: dict[str, list[float]] = {"load": [], "copy": []}
     file = place.lake / "vectors.copy"
-    release = release_table(current_release(None).name)
     with psycopg.connect(place.url) as connection:
         connection.execute(
             "create schema bench; create table bench.load (passage_no int not null, embedding "
@@ -274,9 +273,7 @@ def load_vs_copy(place: Place, vectors: Floats, rounds: int) -> dict[str, float]
             connection.commit()
 
         load()
-        _psql(
-            place.url, f"\\copy (select * from {release.as_string(connection)}) to '{file}' (format binary)"
-        )
+        _psql(place.url, f"\\copy bench.load to '{file}' (format binary)")
         for turn in range(rounds + 1):
             for kind in ("load", "copy") if turn % 2 else ("copy", "load"):
                 connection.execute("checkpoint")
@@ -326,7 +323,6 @@ def swaps(place: Place, asked: Sequence[searches.Question], seconds: float) -> d
     second = replace(first, name=f"{first.name[:-1]}x")
     with place.connect() as connection:
         load_vectors(connection, SOURCE, second, second.folder(place.lake), follow=False)
-        build_graph(connection, second)
 
     with Database.from_url(place.url).connect(role=WRITER, autocommit=True) as connection:
 
@@ -412,7 +408,6 @@ def summary(figures: dict[str, Any], options: argparse.Namespace) -> dict[str, A
         "embedded": options.embed,
         "drawn": options.rows - options.embed,
         "end_to_end_s": whole,
-        "embedding_extrapolated": options.embed < options.rows,
         "shares": {name: seconds / whole for name, seconds in steps.items()},
         **figures,
         "changed_share": figures["changed_s"] / whole,
@@ -446,8 +441,8 @@ def show(result: dict[str, Any]) -> None:
         f" peak of the export {result['export_peak_mb']:.0f} MB, of the load {result['load_peak_mb']:.0f}"
     )
     say(
-        f"in MB: chunks {result['chunks_mb']:.0f}, shards {result['shards_mb']:.0f}, table {result['table_mb']:.0f}, graph {result['graph_mb']:.0f},"
-        f" postings {result['postings_mb']:.0f}"
+        f"in MB: chunks {result['chunks_mb']:.0f}, shards {result['shards_mb']:.0f}, table {result['table_mb']:.0f},"
+        f" graph {result['graph_mb']:.0f}, postings {result['postings_mb']:.0f}"
     )
     say(f"\n{'search':8}{'filter':>8}{'p50 ms':>9}{'p95':>9}{'p99':>9}{'rows':>7}{'recall':>8}")
     for mode, shares in result["search"].items():
@@ -486,6 +481,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--folder", type=Path, default=Path("/var/tmp"), help="on the disk to measure")
     options = parser.parse_args(arguments)
     options.embed = min(options.embed, options.rows)
+    if options.rows < 500:
+        parser.error("--rows must be at least 500, for filters of 1 % to let anything through")
     if options.embed < (least := min(options.rows // 10, 2 * corpora.PIECES)):
         parser.error(
             f"--embed must be at least {least:,} of {options.rows:,} rows, lest the others are drawn from few"

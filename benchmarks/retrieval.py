@@ -1,7 +1,7 @@
 """How well retrieval finds what people say is right, on three public sets: ``python -m benchmarks.retrieval``.
 
-Builds each example in a deployment of its own with ``moat run``, measures vectors, words (BM25) and both, and sets
-beside them what sentence-transformers finds in float32 with an exact search over the same texts: the index, its
+Builds each example in a deployment of its own with ``moat run``, which measures vectors, words (BM25) and both, and sets
+beside its figures what sentence-transformers finds in float32 with an exact search over the same texts: the index, its
 halfvecs and its engine must cost nothing (0.002 nDCG@10 at most). Prints a table; the last line is one JSON object.
 
 The sets are not part of this repository: DATAMOAT_DATA_DIR names the folder that holds them. Belongs here: building,
@@ -26,7 +26,7 @@ import psycopg
 from numpy.typing import NDArray
 
 from assets.documents.chunk import embedded_text
-from assets.evaluation.compare import evaluate_golden, golden_contracts
+from assets.evaluation.compare import golden_contracts
 from assets.evaluation.golden import Golden, Place, ranking, read_golden
 from assets.evaluation.retrieval import METRICS, evaluate
 from assets.evaluation.runs import DEPTH
@@ -80,15 +80,17 @@ def measure(
     settings = Settings.from_environment(environment)
     contracts, _ = load_contracts(settings.contract_folders, settings.contract_variables)
     by_name = {contract.name: contract for contract in contracts}
-    figures = {}
+    figures: dict[str, dict[str, dict[str, float]]] = {}
     with open_warehouse(settings).connect("benchmark") as connection:
         for contract in golden_contracts(connection, contracts):
             assert contract.golden is not None
-            modes = {
-                one.mode: {measure.metric: measure.value or 0.0 for measure in one.measures}
-                | {"n": one.measures[0].n}
-                for one in evaluate_golden(connection, contract, contracts)
-            }
+            modes: defaultdict[str, dict[str, float]] = defaultdict(dict)
+            for mode, metric, value, n in connection.execute(
+                "select distinct on (mode, metric) mode, metric, value, n from registry.evaluation where name = %s"
+                " order by mode, metric, created_at desc",
+                [contract.name],
+            ):
+                modes[mode] |= {metric: value, "n": n}
             golden = read_golden(connection, contract, by_name.get(contract.golden.question_source or ""))
             run = exact_run(connection, golden, encode)
             reference = evaluate(golden.qrels, run)

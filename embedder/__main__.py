@@ -17,9 +17,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from embedder import engines, job, protocol, ray_job, shards
+from embedder import engines, job, protocol, ray_job, shards, stage
 from embedder.budget import Estimate, Limits
-from embedder.job import Progress, Settings, Stopped, Summary
+from embedder.job import Progress, Stopped, Summary
 from embedder.protocol import EmbedderError
 from embedder.report import (
     Every,
@@ -30,6 +30,7 @@ from embedder.report import (
     progress_in_words,
     summary_in_words,
 )
+from embedder.stage import Settings
 
 if TYPE_CHECKING:
     from dagster_pipes import PipesContext
@@ -111,7 +112,7 @@ def build_parser() -> argparse.ArgumentParser:
     work = parser.add_argument_group("texts")
     work.add_argument(
         "--too-long",
-        choices=job.TOO_LONG,
+        choices=stage.TOO_LONG,
         default="truncate",
         help="texts above the model's length: cut their end off and count them, or refuse them as failures "
         "(default: truncate)",
@@ -170,7 +171,10 @@ def build_parser() -> argparse.ArgumentParser:
     )
     budget = parser.add_argument_group("budget", "in whatever currency the price has")
     budget.add_argument(
-        "--price-per-hour", type=_positive, metavar="P", help="of the machine, for estimate and cost"
+        "--price-per-hour",
+        type=_positive,
+        metavar="P",
+        help="of all machines together, for estimate and cost",
     )
     budget.add_argument(
         "--rate",
@@ -189,7 +193,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--log-format",
         choices=("text", "json"),
         default="text",
-        help="progress and notices on standard error, as lines of text or of JSON (default: text)",
+        help="progress and notices on standard error, as lines of text or of JSON (default: text); with --runner ray, "
+        "Ray's own core may add lines of its own",
     )
     return parser
 

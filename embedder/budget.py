@@ -142,9 +142,9 @@ class Ledger:
         )
         return Estimate(rows, tokens, self.rate, seconds, cost, fits)
 
-    def start_embedding(self) -> None:
+    def start_embedding(self, seconds_ago: float = 0.0) -> None:
         """The engine is ready: what came before was start-up, which costs money but says nothing of the rate."""
-        self._embedding_since = self._timer()
+        self._embedding_since = self._timer() - seconds_ago
         self.startup_seconds = self._embedding_since - self._started
         self._record.startup_s = round(self.startup_seconds, 3)
 
@@ -190,9 +190,9 @@ class Ledger:
         spent, limit = self.cost_of_work, self._limits.max_cost
         ahead = self._limits.cost(seconds_ahead)
         if limit is not None and spent is not None and ahead is not None and spent + ahead > limit:
+            next_one = f", and the next shard costs about {ahead:,.4f}" if ahead else ""
             raise OverBudget(
-                f"{spent:,.4f} of at most {limit:,.4f} are spent, earlier attempts included, and the next shard "
-                f"costs about {ahead:,.4f}",
+                f"{spent:,.4f} of at most {limit:,.4f} are spent, earlier attempts included{next_one}",
                 "--max-cost",
             )
 

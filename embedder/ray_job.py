@@ -29,9 +29,11 @@ import numpy as np
 import numpy.typing as npt
 
 from embedder.budget import Ledger
-from embedder.job import Progress, Runner, Settings, ShardResult, ShardStage, Watcher, Work, padding_share
+from embedder.job import Progress, Runner, Watcher, Work, padding_share
+from embedder.machine import physical_cores
 from embedder.protocol import EmbedderError
 from embedder.shards import Shard
+from embedder.stage import Settings, ShardResult, ShardStage
 
 # A shard is begun so often before it is suspected, and so often alone before it is given up.
 _ATTEMPTS = 2
@@ -88,7 +90,6 @@ class RayRunner(Runner):
             missing = {shard.shard_id: shard for shard in self._shards}
             if self._estimate is not None:
                 self._reserve(list(missing.values()), places, self._estimate.tokens / self._total_rows)
-            self._ledger.start_embedding()
             # Two at a time keep a worker busy. But both fall with it, so what did not come back is then tried alone.
             for at_a_time in (2, 1):
                 for result in self._made(ray, list(missing.values()), places, at_a_time):
@@ -163,19 +164,22 @@ class RayRunner(Runner):
             left.set()
 
     def _take(self, result: ShardResult, missing: Sequence[Shard], places: Places) -> None:
+        if not self.results:  # until a worker began this, all of them were starting
+            self._ledger.start_embedding(result.seconds)
         self.results.append(result)
         self._rows += result.rows
         self._tokens += result.tokens
         self._padded += result.padded_tokens
+        total_tokens = self._tokens * self._total_rows // self._rows
         self._ledger.spend(result.tokens)
-        self._ledger.measure()
+        self._measure(total_tokens)
         self._ledger.save()
         self._watcher.progressed(
             Progress(
                 self._rows,
                 self._total_rows,
                 self._tokens,
-                self._tokens * self._total_rows // self._rows,
+                total_tokens,
                 self._ledger.embedding_seconds,
                 len(self._shards) - len(missing),
                 len(self._shards),
@@ -219,8 +223,6 @@ class ShardWorker:
         import ray
 
         if settings.device != "cuda" and settings.streams is None and places.per_machine > 1:
-            from embedder.engines.openvino import physical_cores
-
             settings = replace(settings, streams=max(1, physical_cores() // places.per_machine))
         self._stage = ShardStage(input_file, output, settings)
         self._preparing, self._encoding, self._writing = threading.Lock(), threading.Lock(), threading.Lock()

@@ -120,7 +120,8 @@ def summary_in_words(summary: Summary) -> str:
             f"release {s.release}"
         )
     if s.cost is not None and s.cost_of_work is not None:
-        lines.append(f"cost {s.cost:,.4f}, with earlier attempts {s.cost_of_work:,.4f}")
+        earlier = f", with earlier attempts {s.cost_of_work:,.4f}" if s.cost_of_work > s.cost else ""
+        lines.append(f"cost {s.cost:,.4f}{earlier}")
     lines.extend(f"not sound: {problem}" for problem in s.unsound)
     return "\n".join(lines)
 

@@ -16,12 +16,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import repeat
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from embedder.engines.openvino import cpu_quota
+from embedder.machine import usable_cores
 from embedder.model import Model
 from embedder.protocol import EmbedderError
 from embedder.tokens import Tokenised, Tokeniser, Tokens
@@ -94,12 +93,6 @@ class TokeniserPool:
         except BrokenProcessPool:
             self.close()
             raise
-
-
-def usable_cores() -> int:
-    """Cores this process may use; hyper-threads count, for tokenising waits for memory more than for arithmetic."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(allowed, cpu_quota(Path("/sys/fs/cgroup/cpu.max")) or allowed))
 
 
 def _joined(parts: list[Tokenised]) -> Tokenised:

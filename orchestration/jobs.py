@@ -14,7 +14,7 @@ from assets.embeddings.registry import ReleaseError, promote
 from assets.embeddings.upkeep import keep_up
 from orchestration.gates import open_assets
 from storage.database import Database
-from storage.warehouse import WRITER, Warehouse
+from storage.warehouse import Warehouse
 
 CORPUS_GROUPS = ("sources", "documents", "embeddings")
 MODEL_GROUPS = ("staging", "intermediate", "marts")
@@ -119,7 +119,7 @@ def retention() -> None:
 )
 def keep_up_releases(context: dg.OpExecutionContext, warehouse: dg.ResourceParam[Warehouse]) -> None:
     """See assets.embeddings.upkeep."""
-    with warehouse.database.connect(WRITER, autocommit=True, application_name="index upkeep") as connection:
+    with warehouse.connect("index upkeep", autocommit=True) as connection:
         reports = keep_up(connection)
     for report in reports:
         what = "graph rebuilt, table vacuumed" if report.rebuilt else "table vacuumed"
@@ -147,7 +147,7 @@ def promote_to_live(
     context: dg.OpExecutionContext, config: Promotion, warehouse: dg.ResourceParam[Warehouse]
 ) -> None:
     """See assets.embeddings.registry.promote."""
-    with warehouse.connect("promote release") as connection:
+    with warehouse.connect("promote release", autocommit=True) as connection:
         try:
             promote(connection, config.release, f"Dagster run {context.run_id}", config.why, config.force)
         except ReleaseError as error:

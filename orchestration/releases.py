@@ -18,8 +18,9 @@ from orchestration.screen import Screen
 from orchestration.settings import Settings
 
 if TYPE_CHECKING:
-    from assets.embeddings.checks import Compare, Difference
+    from assets.embeddings.checks import Compare
     from assets.embeddings.registry import Connection, LiveRelease
+    from assets.evaluation.compare import Difference
 
 
 def comparison(contracts: Sequence[Contract]) -> Compare:
@@ -99,7 +100,6 @@ def promote_release(settings: Settings, screen: Screen, name: str, why: str, for
     with _connect(settings) as connection:
         started = time.perf_counter()
         objections = promote(connection, name, person(), why, force).objections()
-        connection.commit()
         _moved(screen, name, started)
     if objections:
         screen.line("forced", "; ".join(objections), "yellow")
@@ -112,7 +112,6 @@ def roll_back(settings: Settings, screen: Screen, why: str) -> None:
     with _connect(settings) as connection:
         started = time.perf_counter()
         name = rollback(connection, person(), why)
-        connection.commit()
         _moved(screen, name, started)
         missing = find_release(connection, name).missing
     if missing:
@@ -131,7 +130,6 @@ def drop_releases(settings: Settings, screen: Screen, name: str | None, retired_
         names = [name] if name is not None else retired_longer_than(connection, retired_days or 0)
         for one in names:
             drop(connection, one)
-            connection.commit()
             screen.line(one, "dropped; its vectors stay in the lake")
     if not names:
         screen.line("releases", f"none has been retired for {retired_days:g} days")
@@ -139,7 +137,7 @@ def drop_releases(settings: Settings, screen: Screen, name: str | None, retired_
 
 def _connect(settings: Settings) -> Any:
     require_prepared(settings)
-    return open_warehouse(settings).connect("release")
+    return open_warehouse(settings).connect("release", autocommit=True)
 
 
 def _moved(screen: Screen, name: str, started: float) -> None:

@@ -61,12 +61,12 @@ def search(
     """
     import psycopg
 
-    # What Postgres cannot hold separates words, as a blank does.
-    question = question.encode(errors="replace").decode().replace("\0", " ")
+    question = _storable(question)
+    wanted = {field: [_storable(value) for value in values] for field, values in (filter or {}).items()}
     for last in (False, True):
-        connection = _open(settings) if last or not _idle[settings] else _idle[settings].pop()
+        connection = _open(settings) if last else _idle_or_new(settings)
         try:
-            found = _search(connection, question, max(k, RERANKED) if rerank else k, mode, filter)
+            found = _search(connection, question, max(k, RERANKED) if rerank else k, mode, wanted)
         except psycopg.OperationalError:
             # It may have gone stale while it was idle.
             connection.close()
@@ -105,7 +105,7 @@ def _search(
     question: str,
     k: int,
     mode: str,
-    filter: Mapping[str, Sequence[str]] | None,
+    filter: Mapping[str, Sequence[str]],
 ) -> list[dict[str, Any]]:
     import psycopg
     from psycopg.rows import dict_row
@@ -117,7 +117,7 @@ def _search(
         with connection.cursor(row_factory=dict_row) as cursor:
             return cursor.execute(
                 "select * from retrieval.search(%s, %s::halfvec, %s, %s, %s)",
-                [question, vector, k, mode, Jsonb(filter or {})],
+                [question, vector, k, mode, Jsonb(filter)],
             ).fetchall()
 
     if mode == "text":
@@ -173,6 +173,18 @@ def _reranked(folder: Path, question: str, found: list[dict[str, Any]]) -> list[
         scores = _reranker(folder).scores(question, [passage["body"] for passage in found])
     scored = [passage | {"rerank": float(score)} for passage, score in zip(found, scores, strict=True)]
     return sorted(scored, key=lambda passage: -passage["rerank"])
+
+
+def _storable(text: str) -> str:
+    """``text`` with a blank for what Postgres cannot hold, which separates words as well."""
+    return text.encode(errors="replace").decode().replace("\0", " ")
+
+
+def _idle_or_new(settings: Settings) -> psycopg.Connection[Any]:
+    try:
+        return _idle[settings].pop()
+    except IndexError:
+        return _open(settings)
 
 
 def _open(settings: Settings) -> psycopg.Connection[Any]:

@@ -24,10 +24,14 @@ def write_atomic(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        _rename(Path(name), path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def _rename(file: Path, path: Path) -> None:
+    file.replace(path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -37,8 +41,24 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 def put(objects: Path, content: bytes, suffix: str) -> Path:
     """Store ``content`` under its SHA-256 below ``objects``; a second put of the same bytes writes nothing."""
-    digest = hashlib.sha256(content).hexdigest()
-    path = objects / digest[:2] / f"{digest}{suffix}"
+    path = _place(objects, hashlib.sha256(content).hexdigest(), suffix)
     if not path.exists():
         write_atomic(path, content)
     return path
+
+
+def put_file(objects: Path, file: Path, suffix: str) -> Path:
+    """Move ``file``, which is on the same file system, to where ``put`` stores its content."""
+    with file.open("rb") as content:
+        os.fsync(content.fileno())
+        path = _place(objects, hashlib.file_digest(content, "sha256").hexdigest(), suffix)
+    if path.exists():
+        file.unlink()
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _rename(file, path)
+    return path
+
+
+def _place(objects: Path, digest: str, suffix: str) -> Path:
+    return objects / digest[:2] / f"{digest}{suffix}"

@@ -34,7 +34,9 @@ class Warehouse:
     pseudonym_key: bytes
 
     @contextmanager
-    def connect(self, application_name: str = "datamoat") -> Iterator[psycopg.Connection[Any]]:
+    def connect(
+        self, application_name: str = "datamoat", autocommit: bool = False
+    ) -> Iterator[psycopg.Connection[Any]]:
         """A connection as ``datamoat_writer``; commits on success, rolls back on error, always closes."""
-        with self.database.connect(role=WRITER, application_name=application_name) as connection:
+        with self.database.connect(WRITER, autocommit, application_name) as connection:
             yield connection

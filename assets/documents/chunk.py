@@ -17,8 +17,10 @@ if TYPE_CHECKING:
     from semantic_text_splitter import MarkdownSplitter
 
 # MiniLM reads 256 tokens and cuts off the rest: a chunk and the headings above it are to be fewer, as we count them.
+# Up to so many are kept for the headings of a document that has any.
 _MAX_PIECES = 240
 _ROOM_ABOVE = 40
+_MAX_TITLE = 200
 # A chunk is full somewhere between 400 and 1,000 characters. Where those characters are likely to be more tokens than
 # there is room for (tables, code, links, scripts without spaces), the chunk is cut again, smaller.
 _CAPACITIES = ((400, 1000), (250, 500), (100, 250))
@@ -77,39 +79,47 @@ def embedded_text(heading: str, text: str) -> str:
     if found := headings(text):
         offset, _, title = found[0]
         if offset == 0:
-            heading = heading.removesuffix(title).removesuffix(_BETWEEN)
-    words = heading.split()
-    room = _MAX_PIECES - len(_PIECE.findall(text))
-    while words and len(_PIECE.findall(" ".join(words))) > room:
-        del words[0]
-    return f"{' '.join(words)}\n\n{text}" if words else text
+            heading = heading.removesuffix(title[:_MAX_TITLE]).removesuffix(_BETWEEN)
+    room = _MAX_PIECES - _count(text)
+    above: list[str] = []
+    for word in reversed(heading.split()):
+        room -= _count(word)
+        if room < 0:
+            break
+        above.append(word)
+    return f"{' '.join(reversed(above))}\n\n{text}" if above else text
 
 
 def chunk(text: str) -> list[Chunk]:
     """The chunks of a Markdown or plain text, in order; together they hold every character but blanks."""
-    sections = headings(text)
-    path: list[tuple[int, str]] = []
-    passed = 0
+    paths = list(_paths(text))
+    above = max((_count(path) for _, path in paths), default=0)
     chunks: list[Chunk] = []
-    for start, end in _joined(text):
-        piece = text[start:end]
-        while passed < len(sections) and sections[passed][0] <= start:
-            _, level, title = sections[passed]
-            path = [(above, name) for above, name in path if above < level]
-            path.append((level, title))
+    passed, heading = 0, ""
+    for start, end in _joined(text, _MAX_PIECES - min(above, _ROOM_ABOVE)):
+        while passed < len(paths) and paths[passed][0] <= start:
+            heading = paths[passed][1]
             passed += 1
-        heading = _BETWEEN.join(name for _, name in path if name)
-        chunks.append(Chunk(len(chunks), start, end, piece, heading))
+        chunks.append(Chunk(len(chunks), start, end, text[start:end], heading))
     return chunks
 
 
-def _joined(text: str) -> Iterator[tuple[int, int]]:
+def _paths(text: str) -> Iterator[tuple[int, str]]:
+    """Where each section begins, and its title after those of the sections around it."""
+    path: list[tuple[int, str]] = []
+    for start, level, title in headings(text):
+        path = [(above, name) for above, name in path if above < level]
+        path.append((level, title[:_MAX_TITLE]))
+        yield start, _BETWEEN.join(name for _, name in path if name)
+
+
+def _joined(text: str, most: int) -> Iterator[tuple[int, int]]:
     """Begin and end of each chunk. Headings cut off from what follows them say little: they stay together."""
     held: tuple[int, int] | None = None
-    for start, piece in _pieces(text):
+    for start, piece in _pieces(text, most):
         end = start + len(piece)
         if held is not None:
-            if _fits(text[held[0] : end]):
+            if _count(text[held[0] : end]) <= most:
                 start = held[0]
             else:
                 yield held
@@ -121,26 +131,26 @@ def _joined(text: str) -> Iterator[tuple[int, int]]:
         yield held
 
 
-def _fits(text: str) -> bool:
-    return len(_PIECE.findall(text)) <= _MAX_PIECES - _ROOM_ABOVE
+def _count(text: str) -> int:
+    return len(_PIECE.findall(text))
 
 
-def _pieces(text: str) -> Iterator[tuple[int, str]]:
+def _pieces(text: str, most: int) -> Iterator[tuple[int, str]]:
     begin = 0
     while begin < len(text):
         end = len(text)
         if long := _LONG_LINE.search(text, begin):
             space = text.rfind(" ", long.start() + _MAX_LINE // 2, long.end())
             end = space if space > 0 else long.end()
-        for offset, piece in _split(text[begin:end], 0):
+        for offset, piece in _split(text[begin:end], most, 0):
             yield begin + offset, piece
         begin = end
 
 
-def _split(text: str, depth: int) -> Iterator[tuple[int, str]]:
+def _split(text: str, most: int, depth: int) -> Iterator[tuple[int, str]]:
     for offset, piece in _splitter(depth).chunk_indices(text):
-        if depth + 1 < len(_CAPACITIES) and not _fits(piece):
-            for inner, part in _split(piece, depth + 1):
+        if depth + 1 < len(_CAPACITIES) and _count(piece) > most:
+            for inner, part in _split(piece, most, depth + 1):
                 yield offset + inner, part
         elif piece.strip():
             yield offset, piece

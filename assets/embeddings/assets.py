@@ -23,10 +23,10 @@ from assets.embeddings.checks import (
     recent_questions,
 )
 from assets.embeddings.dataset import current_dataset, export_chunks
-from assets.embeddings.index import build_graph, load_vectors, refresh_passages
+from assets.embeddings.index import graph_of, load_vectors, refresh_passages
 from assets.embeddings.launch import JobRequest, Launcher
 from assets.embeddings.postings import refresh_postings
-from assets.embeddings.registry import ReleaseError, chain_release, find_live
+from assets.embeddings.registry import Chain, ReleaseError, chain_release, find_live, release_table
 from assets.embeddings.release import Release, current_release
 from assets.sources.contract import Contract
 from embedder.protocol import CHECK_VECTORS_ARE_SOUND
@@ -64,7 +64,7 @@ def embedding_assets(
                 f"One row per distinct text of {contract.name}: content_hash and its vector, in Parquet shards.",
                 [dg.AssetKey(["embedding_dataset", contract.name])],
                 contract.name,
-                lambda context, warehouse: _chain(context, warehouse, model),
+                lambda context, warehouse: _chain(context, warehouse, model).release,
                 options,
             ),
             _index(contract, model),
@@ -183,12 +183,12 @@ def _vectors(
     return vectors
 
 
-def _chain(context: dg.AssetExecutionContext, warehouse: Warehouse, model: Path | None) -> Release:
+def _chain(context: dg.AssetExecutionContext, warehouse: Warehouse, model: Path | None) -> Chain:
     with warehouse.connect("release") as connection:
         chain = chain_release(connection, model)
     for note in chain.notes:
         context.log.warning(note)
-    return chain.release
+    return chain
 
 
 def _index(contract: Contract, model: Path | None) -> dg.AssetsDefinition:
@@ -207,14 +207,13 @@ def _index(contract: Contract, model: Path | None) -> dg.AssetsDefinition:
     def index(
         context: dg.AssetExecutionContext, warehouse: dg.ResourceParam[Warehouse]
     ) -> dg.MaterializeResult:
-        release = _chain(context, warehouse, model)
-        with warehouse.connect(f"index {source}") as connection:
+        chain = _chain(context, warehouse, model)
+        folder = chain.release.folder(warehouse.lake)
+        with warehouse.connect(f"index {source}", autocommit=True) as connection:
             passages = refresh_passages(connection)
-            connection.commit()
             # Words before vectors: they find a text even where embedding it failed.
             postings = refresh_postings(connection)
-            connection.commit()
-            report = load_vectors(connection, source, release, release.folder(warehouse.lake))
+            report = load_vectors(connection, source, chain.release, folder, after=chain.live)
         return dg.MaterializeResult(
             metadata={**_figures(report), "texts_removed": passages.removed, "terms": postings.terms}
         )
@@ -263,7 +262,7 @@ def _candidate_index(candidate: Path, sources: dg.PartitionsDefinition[str]) -> 
         context: dg.AssetExecutionContext, warehouse: dg.ResourceParam[Warehouse]
     ) -> dg.MaterializeResult:
         release = current_release(candidate)
-        with warehouse.connect(f"candidate {context.partition_key}") as connection:
+        with warehouse.connect(f"candidate {context.partition_key}", autocommit=True) as connection:
             refresh_passages(connection)
             report = load_vectors(
                 connection, context.partition_key, release, release.folder(warehouse.lake), follow=False
@@ -289,7 +288,7 @@ def _candidate_release(
         owners=["team:ml"],
         kinds={"postgres", "pgvector"},
         tags={"layer": "retrieval"},
-        description="The candidate as a whole, its graph built and checked against the live release. If all is well,"
+        description="The candidate as a whole, checked against the live release. If all is well,"
         " the job promote_release (or 'moat release promote') makes it live.",
         pool="warehouse",
     )
@@ -297,9 +296,9 @@ def _candidate_release(
         context: dg.AssetExecutionContext, warehouse: dg.ResourceParam[Warehouse]
     ) -> Iterator[dg.MaterializeResult | dg.AssetCheckResult]:
         release = current_release(candidate)
-        with warehouse.connect("candidate release") as connection:
+        # In no transaction: checks take minutes, in which loads of the live release must not wait for them.
+        with warehouse.connect("candidate release", autocommit=True) as connection:
             try:
-                graph = build_graph(connection, release)
                 outcomes = check_candidate(
                     connection,
                     release.name,
@@ -313,6 +312,7 @@ def _candidate_release(
                     allow_retries=False,
                 ) from error
             live = find_live(connection)
+            graph = graph_of(connection, release_table(release.name)) is not None
         yield dg.MaterializeResult(
             metadata={"release": release.name, "live": live.name if live else "none", "graph": graph}
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 from psycopg import sql
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from assets.evaluation.compare import Difference
     from assets.sources.contract import Contract
 
 Connection = psycopg.Connection[Any]
@@ -78,22 +79,7 @@ class Outcome:
         return {"passed": self.passed, **self.figures}
 
 
-class Difference(Protocol):
-    """Candidate minus live on one golden set, mode and metric, with its 95 % interval; None without questions."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def mode(self) -> str: ...
-    @property
-    def metric(self) -> str: ...
-    @property
-    def value(self) -> float | None: ...
-    @property
-    def high(self) -> float | None: ...
-
-
-Compare = Callable[[Connection, str, LiveRelease], Iterable[Difference]]
+Compare = Callable[[Connection, str, LiveRelease], "Iterable[Difference]"]
 """``compare(connection, candidate, live)`` on every golden set."""
 
 Embed = Callable[[Path | None, Sequence[str]], "NDArray[np.float32]"]

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,20 @@ from numpy.typing import NDArray
 from psycopg import sql
 
 from assets.embeddings.registry import (
-    ReleaseError,
+    KEY,
+    commit_at_once,
+    drop_retired_tables,
     find_live,
     has_table,
+    missing_texts,
     move,
+    one_load_at_a_time,
     one_move_at_a_time,
     patiently,
     point_view,
     register,
     release_table,
+    retire_table,
 )
 from assets.embeddings.release import Release
 from embedder import protocol
@@ -58,6 +62,9 @@ _STORAGE = (
     "autovacuum_vacuum_threshold = 2147483647, autovacuum_vacuum_scale_factor = 0,"
     " autovacuum_vacuum_insert_threshold = -1"
 )
+
+
+_NO_VECTORS = sql.SQL("(select null::int as passage_no where false)")
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,13 @@ def refresh_passages(connection: Connection) -> PassageReport:
 
 
 def load_vectors(
-    connection: Connection, source: str, release: Release, folder: Path, *, follow: bool = True
+    connection: Connection,
+    source: str,
+    release: Release,
+    folder: Path,
+    *,
+    follow: bool = True,
+    after: str | None = None,
 ) -> IndexReport:
     """Give every text of ``source`` its vector in the release's table, as far as ``folder`` has them.
 
@@ -126,19 +139,23 @@ def load_vectors(
     transaction: readers see the index before or after it, and a crash leaves it as it was. Loads of one release queue.
 
     Args:
+        connection: Outside of a transaction: where there is one, readers wait for its end after a swap.
         source: Name of the source; its passages are refreshed.
         folder: Where the embedder wrote its shards.
         follow: Whether the release goes live by itself where nothing is, or where it takes the live one's place.
             A candidate does not: it is promoted.
+        after: The live release whose place it may take (``Chain.live``). If another is live by now, a person moved
+            the view meanwhile, and what they decided stays.
     """
-    _drop_replaced(connection, release.name)
     with connection.transaction():
-        _one_load_at_a_time(connection, release.name)
+        # What a crash undoes is done again by the next load.
+        commit_at_once(connection)
+        one_load_at_a_time(connection, release.name)
         register(connection, release)
         before = _table_before(connection, release)
         work = _work_list(connection, source, before)
         found = _find(folder, work)
-        table = _load(connection, release, before, found, hold_graph=not follow)
+        table = _load(connection, release, before, found)
         connection.execute(
             "update registry.embedding_release set loaded_at = clock_timestamp()"
             " where release = %s and (%s or loaded_at is null)",
@@ -158,30 +175,9 @@ def load_vectors(
         # What readers wait for comes last.
         if report.rebuilt:
             _swap(connection, release.name, table)
-        report = replace(report, live=_is_live(connection, release.name, follow))
-    _drop_replaced(connection, release.name)
+        report = replace(report, live=_is_live(connection, release.name, follow, after))
+    drop_retired_tables(connection)
     return report
-
-
-def build_graph(connection: Connection, release: Release) -> bool:
-    """Build the graph of a release that was loaded without one; whether it has one afterwards.
-
-    Candidates are loaded source by source without a graph, which is then built once.
-
-    Raises:
-        ReleaseError: Nothing was loaded into the release.
-    """
-    with connection.transaction():
-        _one_load_at_a_time(connection, release.name)
-        if not has_table(connection, release.name):
-            raise ReleaseError(f"release {release.name} has no vectors yet")
-        table = release_table(release.name)
-        if graph_of(connection, table) is None and _count(connection, table) >= ROWS_FOR_A_GRAPH:
-            # Beside: building it in place would make deletions of passages wait for it.
-            _swap(connection, release.name, _build(connection, release, table, _Found([]), graph=True))
-        found = graph_of(connection, table) is not None
-    _drop_replaced(connection, release.name)
-    return found
 
 
 def graph_of(connection: Connection, table: sql.Identifier) -> str | None:
@@ -282,20 +278,16 @@ def _load(
     release: Release,
     before: sql.Identifier | None,
     found: _Found,
-    *,
-    hold_graph: bool,
 ) -> sql.Identifier:
-    """Load what was found; the table that has it: the release's own, or a new one to be swapped in.
-
-    Args:
-        hold_graph: Build no first graph.
-    """
+    """Load what was found; the table that has it: the release's own, or a new one to be swapped in."""
     has_graph = before is not None and graph_of(connection, before) is not None
     rows = found.rows + (_count(connection, before) if before is not None else 0)
     # A little below the mark a graph that is there stays, lest it comes and goes with every few rows.
     wants_graph = rows >= ROWS_FOR_A_GRAPH // (2 if has_graph else 1)
-    if hold_graph and not has_graph:
-        wants_graph = False
+    if wants_graph and not has_graph and found.rows > CHANGED_IN_PLACE * rows:
+        # While a corpus is loaded source by source, the last large load builds the graph over all of it.
+        still_missing = missing_texts(connection, release.name, before or _NO_VECTORS) - found.rows
+        wants_graph = still_missing <= CHANGED_IN_PLACE * rows
     many = has_graph and found.rows > CHANGED_IN_PLACE * rows
     if before != release_table(release.name) or wants_graph != has_graph or many:
         return _build(connection, release, before, found, graph=wants_graph)
@@ -333,7 +325,8 @@ def _build(
     )
     connection.execute(
         sql.SQL(
-            "alter table {} add foreign key (passage_no) references retrieval.passage on delete cascade"
+            f"alter table {{}} add constraint {KEY} foreign key (passage_no)"
+            " references retrieval.passage on delete cascade"
         ).format(beside)
     )
     connection.execute(sql.SQL("analyze {}").format(beside))
@@ -359,10 +352,6 @@ def _copy(connection: Connection, table: sql.Identifier, found: _Found) -> None:
             column = column.chunk(0)
         vectors = column.flatten().to_numpy().reshape(len(column), column.type.list_size)
         copy_vectors(connection, table, passages, vectors if len(rows) == len(vectors) else vectors[rows])
-
-
-def _one_load_at_a_time(connection: Connection, release: str) -> None:
-    connection.execute("select pg_advisory_xact_lock(hashtext(%s))", [f"release {release}"])
 
 
 def _keep_passages(connection: Connection) -> None:
@@ -400,38 +389,20 @@ def _create_graph(connection: Connection, table: sql.Identifier, resources: tupl
 def _swap(connection: Connection, release: str, beside: sql.Identifier) -> None:
     one_move_at_a_time(connection)
     live = find_live(connection)
-    # Another load may swap before this one's old table is dropped.
-    old = sql.Identifier(f"release_{release}_old{_one(connection, 'select txid_current()', [])}")
 
     def swap() -> None:
         # The view first: who reads through it holds it as long as the table under it.
         if live is not None and live.name == release:
             point_view(connection, beside)
-        rename = sql.SQL("alter table if exists {} rename to {}")
-        table = release_table(release)
-        connection.execute(rename.format(table, old))
-        connection.execute(rename.format(beside, sql.Identifier(f"release_{release}")))
+        retire_table(connection, release)
+        connection.execute(
+            sql.SQL("alter table {} rename to {}").format(beside, sql.Identifier(f"release_{release}"))
+        )
 
     patiently(connection, swap)
 
 
-def _drop_replaced(connection: Connection, release: str) -> None:
-    """Drop tables that were swapped out.
-
-    In a transaction of its own: dropping a foreign key locks all passages, for readers too. If somebody reads them for
-    minutes, the next load tries again.
-    """
-    tables = connection.execute(
-        "select tablename from pg_tables where schemaname = 'retrieval' and starts_with(tablename, %s)",
-        [f"release_{release}_old"],
-    ).fetchall()
-    for (name,) in tables:
-        drop = sql.SQL("drop table if exists {}").format(sql.Identifier("retrieval", name))
-        with contextlib.suppress(ReleaseError), connection.transaction():
-            patiently(connection, partial(connection.execute, drop))
-
-
-def _is_live(connection: Connection, release: str, follow: bool) -> bool:
+def _is_live(connection: Connection, release: str, follow: bool, after: str | None) -> bool:
     """Whether the release is live, which it becomes if it may follow the live one and has what that answers with."""
     live = find_live(connection)
     if live is not None and live.name == release:
@@ -443,6 +414,8 @@ def _is_live(connection: Connection, release: str, follow: bool) -> bool:
     if live is None:
         move(connection, "promote", release, "datamoat", "the first release")
         return True
+    if live.name != after:
+        return False
     uncovered = _one(
         connection,
         sql.SQL(

@@ -24,20 +24,21 @@ MANY_PASSAGES = 1_000
 
 # What each passage is to be indexed as. Bound to the passages of %(passages)s, or to all when that is null.
 _WANTED = """
+with s as materialized (  -- or the configuration is looked up for every chunk
+  select source, retrieval.text_configuration(language) as configuration
+  from registry.source
+  where 'rag' = any(allowed_uses)
+)
 select distinct on (p.passage_no)
   p.passage_no,
   s.configuration,
-  d.title || E'\\n' || c.heading || E'\\n' as above,
+  d.title || E'\\n' || c.heading as above,
   c.text,
   md5(concat_ws(E'\\n', s.configuration, d.title, c.heading)) as digest
 from retrieval.passage as p
 join corpus.chunk as c using (content_hash)
 join corpus.document as d using (document_id)
-join (
-  select source, retrieval.text_configuration(language) as configuration
-  from registry.source
-  where 'rag' = any(allowed_uses)
-) as s on s.source = c.source
+join s on s.source = c.source
 where %(passages)s::int[] is null or p.passage_no = any(%(passages)s)
 order by p.passage_no, c.chunk_id
 """
@@ -58,7 +59,7 @@ select w.passage_no, w.configuration, w.digest, v.vector, l.length
 from ({_WANTED}) as w
 left join retrieval.passage_text as t using (passage_no)
 cross join lateral (
-  select to_tsvector(w.configuration::regconfig, left(w.above, 10000) || left(w.text, 200000)) as vector offset 0
+  select to_tsvector(w.configuration::regconfig, left(w.above, 10000) || E'\\n' || left(w.text, 200000)) as vector offset 0
 ) as v
 cross join lateral (
   select coalesce(sum(cardinality(positions)), 0) as length from unnest(v.vector)

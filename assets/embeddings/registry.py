@@ -3,15 +3,17 @@
 A release is a table of vectors, ``retrieval.release_<name>``, and a row in ``registry.embedding_release``.
 ``retrieval.live`` is a view over the table that is searched; promoting and rolling back move the view, in one
 transaction, under readers. Belongs here: that view and those rows. Does not belong here: loading vectors (index),
-deciding whether a candidate is good enough (candidate), Dagster.
+deciding whether a candidate is good enough (checks), Dagster.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,13 @@ REQUIRED_CHECKS = ("coverage", "vectors_are_sound", "neighbours", "retrieval")
 LOCK_TIMEOUT = "25ms"
 LOCK_ATTEMPTS = 400
 LOCK_PAUSE_SECONDS = 0.2
+# A table that nobody reads costs room until the next load, and trying costs readers a moment each time.
+DROP_ATTEMPTS = 5
+
+# The foreign key of a release's table to the passages.
+KEY = "passage"
+# Of one release, by its name.
+LOAD_LOCK = "hashtext('release ' || %s)"
 
 RELEASE_ROWS = (
     "select v.passage_no, p.content_hash, v.embedding from {} v join retrieval.passage p using (passage_no)"
@@ -63,9 +72,14 @@ class LiveRelease:
 
 @dataclass(frozen=True)
 class Chain:
-    """The release that a run of the assets feeds, and what a person should know about the choice."""
+    """The release that a run of the assets feeds, and what a person should know about the choice.
+
+    Attributes:
+        live: Name of the release that was live when this was chosen; None if none was.
+    """
 
     release: Release
+    live: str | None
     notes: tuple[str, ...] = ()
 
 
@@ -156,7 +170,7 @@ def chain_release(connection: Connection, setting: Path | None) -> Chain:
 
     live = find_live(connection)
     if live is None:
-        return Chain(current_release(setting))
+        return Chain(current_release(setting), None)
     notes = []
     if setting == live.model_folder:
         release = current_release(setting)
@@ -174,7 +188,8 @@ def chain_release(connection: Connection, setting: Path | None) -> Chain:
         if asked is not None and asked.vectors == live.vectors:
             release = asked
         else:
-            notes.append(note)
+            if setting is not None:
+                notes.append(note)
             try:
                 release = current_release(live.model_folder)
             except EmbedderError as error:
@@ -192,7 +207,7 @@ def chain_release(connection: Connection, setting: Path | None) -> Chain:
             f"the live release {live.name} can be fed no more ({why}): {release.name} follows it once it covers what"
             " the live one answers with"
         )
-    return Chain(release, tuple(notes))
+    return Chain(release, live.name, tuple(notes))
 
 
 def register(connection: Connection, release: Release) -> None:
@@ -263,10 +278,13 @@ def find_release(connection: Connection, name: str) -> ReleaseState:
     return found[0]
 
 
-def missing_texts(connection: Connection, name: str) -> int:
+def missing_texts(connection: Connection, name: str, table: sql.Composable | None = None) -> int:
     """Texts of sources that may be retrieved without a vector in this release.
 
     A text that was refused here and has no vector in the live release either loses nothing, and does not count.
+
+    Args:
+        table: Where its vectors are, if not in its own table.
     """
     forgiven = (
         sql.SQL(
@@ -285,7 +303,7 @@ def missing_texts(connection: Connection, name: str) -> int:
                 " join registry.source s using (source)"
                 " where c.content_hash = p.content_hash and 'rag' = any(s.allowed_uses))"
                 " and not exists (select from {} v where v.passage_no = p.passage_no){}"
-            ).format(release_table(name), forgiven),
+            ).format(table or release_table(name), forgiven),
             [],
         )
     )
@@ -305,8 +323,7 @@ def promote(connection: Connection, release: str, who: str, why: str, force: boo
     Raises:
         ReleaseError: It does not exist, is live already, its checks object, or readers do not let go of the view.
     """
-    with connection.transaction():
-        one_move_at_a_time(connection)
+    with _moving(connection):
         chosen = find_release(connection, release)
         if chosen.state == "live":
             raise ReleaseError(f"release {release} is live already")
@@ -326,8 +343,7 @@ def rollback(connection: Connection, who: str, why: str) -> str:
     Raises:
         ReleaseError: There was none, or its table was dropped.
     """
-    with connection.transaction():
-        one_move_at_a_time(connection)
+    with _moving(connection):
         live = live_release(connection)
         row = connection.execute(
             "select previous from registry.promotion where release = %s and action = 'promote' order by id desc limit 1",
@@ -379,17 +395,19 @@ def move(
 def drop(connection: Connection, release: str) -> None:
     """Delete a release's table and its row; its vectors stay in the lake, and its promotions in the record.
 
+    A load of it that is under way is waited for.
+
     Raises:
         ReleaseError: It does not exist or is live.
     """
     with connection.transaction():
+        one_load_at_a_time(connection, release)
         one_move_at_a_time(connection)
         if find_release(connection, release).state == "live":
             raise ReleaseError(f"release {release} is live: promote another one first")
-        patiently(
-            connection, lambda: connection.execute(sql.SQL("drop table {}").format(release_table(release)))
-        )
+        patiently(connection, lambda: retire_table(connection, release))
         connection.execute("delete from registry.embedding_release where release = %s", [release])
+    drop_retired_tables(connection)
 
 
 def retired_longer_than(connection: Connection, days: float) -> list[str]:
@@ -400,6 +418,41 @@ def retired_longer_than(connection: Connection, days: float) -> list[str]:
         [days * 86_400],
     )
     return [row[0] for row in rows]
+
+
+def retire_table(connection: Connection, release: str) -> None:
+    """Take the release's table, if it has one, out of its way: ``drop_retired_tables`` will drop it."""
+    # Another load may come before this one is dropped, so its name must be its own.
+    number = _value(connection, "select to_regclass(%s)::oid", [f"retrieval.release_{release}"])
+    if number is not None:
+        old = sql.Identifier(f"release_{release}_old{number}")
+        connection.execute(sql.SQL("alter table {} rename to {}").format(release_table(release), old))
+
+
+def drop_retired_tables(connection: Connection) -> None:
+    """Drop the tables that were taken out of the way, each on its own.
+
+    Letting go of a foreign key locks all passages, for readers too: for a moment here, but for as long as the
+    transaction lasts where there is one, so that in one nothing is done. If somebody reads passages for longer, as a
+    backup does, the next load tries again.
+    """
+    if connection.info.transaction_status != psycopg.pq.TransactionStatus.IDLE:
+        return
+    with connection.transaction():
+        tables = connection.execute(
+            "select tablename from pg_tables where schemaname = 'retrieval' and tablename ~ '^release_.*_old[0-9]+$'"
+        ).fetchall()
+    for (name,) in tables:
+        with contextlib.suppress(ReleaseError):
+            # Without its key, the table is dropped without passages waiting for the disk.
+            for statement in (
+                f"alter table if exists {{}} drop constraint if exists {KEY}",
+                "drop table if exists {}",
+            ):
+                drop = sql.SQL(statement).format(sql.Identifier("retrieval", name))
+                with connection.transaction():
+                    commit_at_once(connection)
+                    patiently(connection, partial(connection.execute, drop), DROP_ATTEMPTS)
 
 
 def point_view(connection: Connection, table: sql.Composable, *, anew: bool = False) -> None:
@@ -413,13 +466,16 @@ def point_view(connection: Connection, table: sql.Composable, *, anew: bool = Fa
     connection.execute(sql.SQL("create or replace view retrieval.live as " + RELEASE_ROWS).format(table))
 
 
-def patiently(connection: Connection, action: Callable[[], object]) -> None:
+def patiently(connection: Connection, action: Callable[[], object], attempts: int | None = None) -> None:
     """Run ``action``, which needs locks that readers hold for moments, without making readers wait behind it.
 
+    Args:
+        attempts: Fewer than the usual, which take more than a minute.
+
     Raises:
-        ReleaseError: Readers held the locks for more than a minute.
+        ReleaseError: Readers held the locks each time.
     """
-    for attempt in range(LOCK_ATTEMPTS):
+    for attempt in range(attempts or LOCK_ATTEMPTS):
         if attempt:
             time.sleep(LOCK_PAUSE_SECONDS)
         try:
@@ -443,9 +499,33 @@ def patiently(connection: Connection, action: Callable[[], object]) -> None:
     )
 
 
+def one_load_at_a_time(connection: Connection, release: str) -> None:
+    """Until the end of this transaction nobody else loads, drops or rebuilds the release's table."""
+    connection.execute(f"select pg_advisory_xact_lock({LOAD_LOCK})".encode(), [release])
+
+
 def one_move_at_a_time(connection: Connection) -> None:
     """Until the end of this transaction nobody else changes which table the view shows."""
     connection.execute("select pg_advisory_xact_lock(hashtext('retrieval.live'))")
+
+
+@contextlib.contextmanager
+def _moving(connection: Connection) -> Iterator[None]:
+    """A transaction that moves the view, durable at the end, whose readers do not wait for the disk."""
+    with connection.transaction():
+        commit_at_once(connection)
+        one_move_at_a_time(connection)
+        yield
+    with connection.transaction():
+        connection.execute("select pg_logical_emit_message(true, 'datamoat', 'what came before is on disk')")
+
+
+def commit_at_once(connection: Connection) -> None:
+    """Let this transaction end without waiting for the disk, which readers would do as well behind its locks.
+
+    A crash of the server within the second may undo it, as a whole.
+    """
+    connection.execute("set local synchronous_commit = off")
 
 
 def _view_exists(connection: Connection) -> bool:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from psycopg import sql
 
 from assets.embeddings.index import Connection, graph_of, graph_resources
-from assets.embeddings.registry import release_table, releases
+from assets.embeddings.registry import LOAD_LOCK, release_table, releases
 
 # Dead rows, as a share of the live ones, from which a table is worth the work.
 CHURN = 0.01
@@ -39,7 +39,7 @@ def keep_up(connection: Connection, churn: float = CHURN) -> list[UpkeepReport]:
     reports = []
     for release in releases(connection):
         table = release_table(release.name)
-        connection.execute("select pg_advisory_lock(hashtext(%s))", [f"release {release.name}"])
+        connection.execute(f"select pg_advisory_lock({LOAD_LOCK})".encode(), [release.name])
         try:
             dead = _dead(connection, table)
             if dead == 0 or dead < churn * release.vectors:
@@ -51,7 +51,7 @@ def keep_up(connection: Connection, churn: float = CHURN) -> list[UpkeepReport]:
             connection.execute(sql.SQL("vacuum (analyze) {}").format(table))
             reports.append(UpkeepReport(release.name, dead, graph is not None))
         finally:
-            connection.execute("select pg_advisory_unlock(hashtext(%s))", [f"release {release.name}"])
+            connection.execute(f"select pg_advisory_unlock({LOAD_LOCK})".encode(), [release.name])
     return reports
 
 

@@ -47,8 +47,8 @@ def choose(model: Model, name: str, device: str | None, say: Callable[[str], Non
         raise EmbedderError(f"unknown engine {name!r}; choose auto, {', '.join(SUPPORTED)}")
     if model.architecture not in SUPPORTED[name]:
         raise EmbedderError(
-            f"{model.folder}: the engine {name} does not compute this model of the type "
-            f"{model.config.get('model_type')!r}; choose the engine auto or {SENTENCE_TRANSFORMERS}"
+            f"{model.folder}: the engine {name} does not compute the type {model.config.get('model_type')!r} with "
+            f"these settings; choose the engine auto or {SENTENCE_TRANSFORMERS}"
         )
     if name == OPENVINO:
         if device not in (None, "cpu"):
@@ -97,8 +97,8 @@ def _best(model: Model, device: str | None, say: Callable[[str], None]) -> tuple
     name = next(engine for engine in order if model.architecture in SUPPORTED[engine])
     if name == SENTENCE_TRANSFORMERS:
         say(
-            f"{model.folder} is of the type {model.config.get('model_type')!r}, which no engine of ours computes: "
-            f"using {SENTENCE_TRANSFORMERS} on {device}, the slow path"
+            f"{model.folder} is of the type {model.config.get('model_type')!r} with settings that no engine of ours "
+            f"computes: using {SENTENCE_TRANSFORMERS} on {device}, the slow path"
         )
     elif name != order[0]:
         say(f"{model.folder} is of the type {model.config.get('model_type')!r}: using {name} on {device}")

@@ -1,25 +1,22 @@
 """The CPU engine: a graph compiled by OpenVINO for this machine, and batches running through it.
 
-Belongs here: precision and streams of this machine, compiling, running.
+Belongs here: compiling, running.
 Does not belong here: the graph (see `encoder_graph`); tokenising, choosing batches, checking vectors (see `encode`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import platform
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from embedder.engines import BF16, F32
 from embedder.engines.encoder_graph import EncoderGraph, import_openvino
+from embedder.machine import fast_precision, physical_cores
 from embedder.model import Model, load_weights
 from embedder.tokens import Int32s, Tokens, pad
 
@@ -114,45 +111,3 @@ class OpenVinoEngine:
                 for _number, request, _inputs in running:
                     with contextlib.suppress(RuntimeError):
                         request.wait()
-
-
-def fast_precision() -> str:
-    """bf16 where the CPU multiplies it in hardware, else f32: elsewhere bf16 is emulated and slower."""
-    if platform.system() != "Linux":
-        return F32
-    flags = _cpu_flags(Path("/proc/cpuinfo"))
-    return BF16 if flags & {"avx512_bf16", "amx_bf16"} else F32
-
-
-def physical_cores() -> int:
-    """Physical cores this process may use; hyper-threads share the units that multiply matrices."""
-    if platform.system() != "Linux":
-        return os.cpu_count() or 1
-    allowed = os.sched_getaffinity(0)
-    cores = {_core_of(cpu) for cpu in allowed}
-    return max(1, min(len(cores), cpu_quota(Path("/sys/fs/cgroup/cpu.max")) or len(cores)))
-
-
-def _core_of(cpu: int) -> tuple[str, str]:
-    topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
-    try:
-        return (topology / "physical_package_id").read_text(), (topology / "core_id").read_text()
-    except OSError:
-        return "cpu", str(cpu)
-
-
-def cpu_quota(path: Path) -> int | None:
-    """Whole CPUs a container may use, None where nothing limits it."""
-    try:
-        quota, period = path.read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else max(1, int(quota) // int(period))
-
-
-def _cpu_flags(path: Path) -> set[str]:
-    try:
-        lines = path.read_text(errors="replace").splitlines()
-    except OSError:
-        return set()
-    return next((set(line.partition(":")[2].split()) for line in lines if line.startswith("flags")), set())

@@ -51,7 +51,10 @@ class SentenceTransformersEngine:
     def __init__(self, model: Model, device: str, precision: str) -> None:
         import torch
         from sentence_transformers import SentenceTransformer
+        from transformers import utils
 
+        log: Any = utils.logging
+        log.disable_progress_bar()  # it would be written into the job's log
         dtype = {F32: torch.float32, BF16: torch.bfloat16}[precision]
         try:
             self._modules: Any = SentenceTransformer(

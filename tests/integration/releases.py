@@ -74,10 +74,18 @@ def write_shard(folder: Path, texts: Iterable[str], *, seed: int = 1, dimensions
     pq.write_table(pa.Table.from_arrays([pa.array(texts), column], schema=schema), folder / name)
 
 
-def load(conn: Connection, source: str, made: Release, folder: Path, *, follow: bool = True) -> IndexReport:
+def load(
+    conn: Connection,
+    source: str,
+    made: Release,
+    folder: Path,
+    *,
+    follow: bool = True,
+    after: str | None = None,
+) -> IndexReport:
     """What the index asset does with the vectors of one source."""
     refresh_passages(conn)
-    return load_vectors(conn, source, made, folder, follow=follow)
+    return load_vectors(conn, source, made, folder, follow=follow, after=after)
 
 
 def content(conn: Connection, name: str) -> dict[str, list[float]]:

@@ -9,25 +9,29 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
-import dagster as dg
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from assets.embeddings.launch import JobRequest, RayLauncher
 from embedder import job, ray_job
-from embedder.budget import Limits
-from embedder.job import Progress, Settings, ShardResult, Stopped, Summary, Watcher
+from embedder.budget import Estimate, Limits
+from embedder.encode import Embedder
+from embedder.job import Progress, Stopped, Summary, Watcher
+from embedder.model import open_model
 from embedder.protocol import CHECK_VECTORS_ARE_SOUND, EmbedderError, shard_paths
 from embedder.ray_job import RayRunner, ShardWorker
 from embedder.shards import Shard
+from embedder.stage import Settings, ShardResult, ShardStage
+from embedder.tokens import Tokens
 
 ray = pytest.importorskip("ray", reason="needs the extra 'ray'")
 
@@ -83,7 +87,26 @@ class HeldWorker(NotedWorker):
             time.sleep(600)
 
 
-class MortalWorker(NotedWorker):
+class QuickEngine:
+    """Vectors of no meaning, at once."""
+
+    name, device, precision, streams, token_budget, packed = "quick", "cpu", "f32", 1, 4096, True
+
+    def encode(self, batches: Iterable[Tokens], take: Callable[[int, npt.NDArray[np.float32]], None]) -> None:
+        for number, batch in enumerate(batches):
+            take(number, np.repeat(batch.lengths[:, None], 384, axis=1).astype(np.float32))
+
+
+class QuickWorker(NotedWorker):
+    """Starts sooner than a real engine does, where the vectors do not matter."""
+
+    def __init__(self, *arguments: Any) -> None:
+        quick = Embedder(open_model(), engine=QuickEngine())
+        with mock.patch.object(Settings, "open_embedder", lambda *_: quick):
+            super().__init__(*arguments)
+
+
+class MortalWorker(QuickWorker):
     """Ends with one of the shards, as a driver that crashes would."""
 
     def _stumble(self, number: int) -> None:
@@ -186,7 +209,10 @@ def test_a_shard_that_ends_every_worker_fails_the_job_and_no_other_shard(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_stop_is_noticed_between_shards(source: Path, tmp_path: Path) -> None:
+def test_a_stop_is_noticed_between_shards(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_job, "ShardWorker", QuickWorker)
     stop = threading.Event()
     seen: list[Progress] = []
 
@@ -214,6 +240,11 @@ def test_dagster_gets_the_report_of_a_job_on_the_cluster(
 ) -> None:
     if cluster is None:
         pytest.skip("Ray's job server needs the extra 'default' of ray")
+    # Not above: each worker imports this module.
+    import dagster as dg
+
+    from assets.embeddings.launch import JobRequest, RayLauncher
+
     request = JobRequest(source, tmp_path / "out", options=("--shard-size", "100", "--workers", "1"))
 
     # Dagster reads the annotation and knows only the bare class.
@@ -235,8 +266,16 @@ def test_dagster_gets_the_report_of_a_job_on_the_cluster(
 def test_a_ceiling_holds_on_a_cluster_too(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    clock = [0.0]
+    rates: list[float | None] = []
+
+    class Told(Watcher):
+        def estimated(self, estimate: Estimate) -> None:
+            rates.append(estimate.tokens_per_s)
+
     def made(_self: RayRunner, _ray: Any, wanted: list[Shard], *_more: Any) -> Iterator[ShardResult]:
-        stage = job.ShardStage(source, tmp_path / "out", Settings())
+        clock[0] += 1000  # the workers start
+        stage = ShardStage(source, tmp_path / "out", Settings())
         yield from map(stage.embed, wanted)
         stage.close()
 
@@ -244,9 +283,11 @@ def test_a_ceiling_holds_on_a_cluster_too(
     monkeypatch.setattr(ray_job, "_cluster", lambda _: nullcontext(SimpleNamespace(nodes=lambda: [machine])))
     monkeypatch.setattr(RayRunner, "_made", made)
     with pytest.raises(Stopped, match="max-tokens") as stopped:
-        run(source, tmp_path / "out", limits=Limits(max_tokens=2500))
+        run(source, tmp_path / "out", limits=Limits(max_tokens=2500), timer=lambda: clock[0], watcher=Told())
     figures = stopped.value.summary
     assert figures is not None and 1500 < figures.tokens <= 2500
+    assert rates[0] is None and len(rates) == 2 and rates[1]
+    assert 0 <= figures.seconds - figures.startup_seconds < 100 < figures.startup_seconds
     assert figures.shards == len(shard_paths(tmp_path / "out")) > 0
 
 

@@ -264,10 +264,10 @@ def test_the_index_finds_what_an_exact_search_finds(conn: Connection, tmp_path: 
     conn.execute("create table raw.passages (_id text, text text)")
     conn.execute("create table raw.questions (text text, passage_id text, answers jsonb)")
     with conn.cursor() as cursor:
-        passages = lines("en.passages.jsonl.gz")[:100]
+        passages = lines("en.passages.jsonl.gz")[:40]
         cursor.executemany("insert into raw.passages values (%(_id)s, %(text)s)", passages)
         kept = {row["_id"] for row in passages}
-        questions = [row for row in lines("en.questions.jsonl.gz") if row["passage_id"] in kept][::4]
+        questions = [row for row in lines("en.questions.jsonl.gz") if row["passage_id"] in kept]
         cursor.executemany(
             "insert into raw.questions values (%s, %s, %s)",
             [(row["text"], row["passage_id"], Jsonb(row["answers"])) for row in questions],
@@ -290,13 +290,15 @@ def test_the_index_finds_what_an_exact_search_finds(conn: Connection, tmp_path: 
     golden = read_golden(
         conn, contract("questions", GoldenMapping("text", "passage_id", "passages", "answers"))
     )
-    assert len(golden.queries) > 100 and not golden.unscored
+    assert len(golden.queries) > 190 and not golden.unscored
     vectors = embedder.encode(list(golden.queries.values()))
     ndcg = {
-        mode: evaluate(golden.qrels, search_run(conn, golden, vectors, mode))[0].value or 0.0
+        mode: evaluate(golden.qrels, search_run(conn, golden, vectors, mode, k=10))[0].value or 0.0
         for mode in comparing.MODES
     }
-    exact = evaluate(golden.qrels, exact_run(conn, golden, sentence_transformers_encoder()))[0].value or 0.0
+    exact = (
+        evaluate(golden.qrels, exact_run(conn, golden, sentence_transformers_encoder(), 10))[0].value or 0.0
+    )
     assert exact > 0.8
     assert ndcg["vector"] == pytest.approx(exact, abs=ALLOWED)
     assert ndcg["hybrid"] >= max(ndcg["vector"], ndcg["text"]) - ALLOWED

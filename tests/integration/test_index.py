@@ -13,7 +13,7 @@ import psycopg
 import pyarrow.parquet as pq
 import pytest
 
-from assets.embeddings import index
+from assets.embeddings import dataset, index, registry
 from assets.embeddings.checks import index_checks
 from assets.embeddings.index import graph_of, refresh_passages
 from assets.embeddings.registry import live_release, release_table
@@ -43,6 +43,29 @@ def writer(database: Database) -> Iterator[Connection]:
     """As the assets work: the pipeline's role, each step committed."""
     with database.connect("datamoat_writer", autocommit=True) as connection:
         yield connection
+
+
+def test_chunks_are_exported_by_the_row_group(
+    writer: Connection, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dataset, "ROW_GROUP", 2)
+    add(writer, "notes", texts(0, 5))
+    add(writer, "orders", texts(0, 3))
+    exported = dataset.export_chunks(writer, "notes", tmp_path)
+    with database.connect("datamoat_writer") as in_a_transaction:
+        in_a_transaction.execute("select 1")
+        assert dataset.export_chunks(in_a_transaction, "notes", tmp_path) == exported
+    assert dataset.current_dataset("notes", tmp_path) == exported.path
+    file = pq.ParquetFile(exported.path)
+    assert exported.rows == 5 and file.num_row_groups == 3
+    assert file.read().to_pylist()[4] == {
+        "chunk_id": "notes/text 4",
+        "content_hash": "text 4",
+        "text": "text 4",
+    }
+    nothing = dataset.export_chunks(writer, "nobody", tmp_path)
+    assert nothing.rows == 0 and pq.read_table(nothing.path).num_rows == 0
+    assert not list(tmp_path.rglob(".export.*"))
 
 
 def test_only_what_has_no_vector_is_loaded(conn: Connection, tmp_path: Path) -> None:
@@ -142,13 +165,10 @@ def test_adding_and_building_anew_give_the_same_index(
     write_shard(tmp_path, texts(0, 130))
     add(conn, "notes", texts(0, 110))
     add(conn, "orders", texts(100, 130))
-    # The first load of A passes the mark for a graph; B, a candidate, gets its graph when it is complete.
+    # The first load passes the mark for a graph; where much is missing yet, the last one builds it.
     assert grow(A, 0.5) == [True, False]
-    assert grow(release("b"), 0.5) == [True, False]
-    assert grow(release("c"), 0.0) == [True, False]
-    assert content(conn, "a") == content(conn, "b") == content(conn, "c")
-    assert [graph_of(conn, release_table(name)) is not None for name in "abc"] == [True, False, False]
-    assert index.build_graph(conn, release("b"))
+    assert grow(release("b"), 0.0) == [True, True]
+    assert content(conn, "a") == content(conn, "b")
     add(conn, "notes", ["more"])
     write_shard(tmp_path, ["more"])
     assert grow(A, 0.0) == [True, False]
@@ -165,6 +185,59 @@ def test_adding_and_building_anew_give_the_same_index(
     conn.execute("delete from corpus.document where path > 'text 2'")
     assert load(conn, "notes", A, tmp_path).rebuilt
     assert graph_of(conn, release_table("a")) is None
+
+
+def test_many_sources_cost_one_graph(
+    conn: Connection, tmp_path: Path, small_graphs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    create = index._create_graph
+
+    def count(conn: Connection, table: Any, resources: Any) -> None:
+        built.append(table)
+        create(conn, table, resources)
+
+    monkeypatch.setattr(index, "_create_graph", count)
+    sources = {
+        name: texts(start, start + 110) for name, start in (("notes", 0), ("orders", 110), ("mail", 220))
+    }
+    for source, wanted in sources.items():
+        add(conn, source, wanted)
+    add(conn, "secret", texts(500, 600), uses="{finetune}")  # nobody will ever embed it
+    write_shard(tmp_path, texts(0, 330))
+    assert [load(conn, source, A, tmp_path).graph for source in sources] == [False, False, True]
+    assert len(built) == 1
+    # What never comes does not hold the graph back for ever.
+    add(conn, "broken", texts(600, 700))
+    assert [load(conn, "notes", b := release("b"), tmp_path, follow=False).graph for _ in range(2)] == [
+        False,
+        True,
+    ]
+    assert not load(conn, "broken", b, tmp_path, follow=False).rebuilt
+
+
+def test_readers_do_not_wait_for_what_follows_a_swap(
+    writer: Connection, database: Database, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A load ends its transaction before it drops the old table, which waits for readers of passages."""
+    monkeypatch.setattr(registry, "LOCK_ATTEMPTS", 2)
+    monkeypatch.setattr(registry, "LOCK_PAUSE_SECONDS", 0)
+    monkeypatch.setattr(index, "CHANGED_IN_PLACE", 0.0)
+    monkeypatch.setattr(index, "ROWS_FOR_A_GRAPH", 2)
+    write_shard(tmp_path, texts(0, 4))
+    add(writer, "notes", texts(0, 3))
+    load(writer, "notes", A, tmp_path)
+    add(writer, "notes", texts(3, 4))
+    with database.connect("datamoat_writer") as mine, database.connect() as reader:
+        refresh_passages(mine)
+        reader.execute("select from retrieval.passage")
+        assert load(mine, "notes", A, tmp_path).rebuilt
+        reader.execute("set lock_timeout = '1s'")
+        assert reader.execute("select count(*) from retrieval.live").fetchone() == (4,)
+    old = "select count(*) from pg_tables where tablename ~ 'release_a_old'"
+    assert writer.execute(old).fetchone() == (1,)
+    load(writer, "notes", A, tmp_path)
+    assert writer.execute(old).fetchone() == (0,)
 
 
 def test_no_read_fails_while_the_index_is_swapped(
@@ -240,7 +313,7 @@ def test_a_load_that_is_killed_leaves_the_index_as_it_was(
     assert live_release(writer).name == "a"
     tables = "select relname from pg_class where relnamespace = 'retrieval'::regnamespace and relname like 'release%'"
     # A kill after the swap leaves the table that was swapped out.
-    writer.execute("create table retrieval.release_a_old (n int)")
+    writer.execute("create table retrieval.release_a_old7 (n int)")
     # The server ends the transaction when it notices that the client is gone; the next load waits for its lock.
     assert load(writer, "notes", A, tmp_path).loaded == 30
     assert {name for (name,) in writer.execute(tables) if "_pkey" not in name and "_idx" not in name} == {
@@ -362,6 +435,9 @@ def test_releases_of_the_first_layout_are_dropped_and_built_again(cluster: Clust
     with database.connect("datamoat_writer") as conn:
         conn.execute("create table retrieval.release_a (content_hash text primary key, embedding halfvec(8))")
         conn.execute("create view retrieval.live as select * from retrieval.release_a")
+        # As dbt makes it.
+        conn.execute("create view staging.stg_corpus__chunks as select * from corpus.chunk")
+        conn.execute("create view staging.more as select text from staging.stg_corpus__chunks")
         conn.execute(
             "insert into registry.embedding_release (release, fingerprint, dimensions, live) values ('a', '{}', 8, true)"
         )

@@ -4,7 +4,7 @@ import io
 import json
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,6 +28,7 @@ from assets.embeddings.registry import (
     rollback,
 )
 from assets.embeddings.release import Release
+from assets.evaluation.compare import Difference
 from assets.sources.contract import load_contracts
 from embedder.protocol import EmbedderError
 from orchestration import releases as commands
@@ -44,21 +45,13 @@ WIDE = Path("/models/wide")
 A, B = release("a"), replace(release("b", 16), model=WIDE)
 
 
-@dataclass
-class Measured:
+def measured(value: float | None, high: float | None) -> Difference:
     """One figure of a comparison on a golden set."""
-
-    value: float | None
-    high: float | None
-    name: str = "golden"
-    mode: str = "vector"
-    metric: str = "nDCG@10"
-    low: float | None = -0.5
-    n: int = 100
+    return Difference("golden", "vector", "nDCG@10", value, -0.5, high, 100)
 
 
-def same(*_: Any) -> list[Measured]:
-    return [Measured(0.01, 0.02), Measured(None, None)]
+def same(*_: Any) -> list[Difference]:
+    return [measured(0.01, 0.02), measured(None, None)]
 
 
 def embed(model: Path | None, questions: Sequence[str]) -> Any:
@@ -128,7 +121,7 @@ def test_a_candidate_is_promoted_once_it_passed_and_rolled_back(conn: Connection
 
 
 def test_checks_that_object_forbid_a_promotion_unless_it_is_forced(conn: Connection, folder: Path) -> None:
-    assert "retrieval" in check(conn, compare=lambda *_: [Measured(-0.1, -0.01)])
+    assert "retrieval" in check(conn, compare=lambda *_: [measured(-0.1, -0.01)])
     with pytest.raises(ReleaseError, match="retrieval did not pass"):
         promote(conn, "b", "me", "hope")
     with pytest.raises(ReleaseError, match="who moves the index and why"):
@@ -276,7 +269,10 @@ def test_readers_go_on_while_releases_of_other_dimensions_change_places(
         thread.start()
     with database.connect("datamoat_writer", autocommit=True) as conn:
         for _ in range(8):
+            begun = conn.execute("select pg_current_wal_insert_lsn()").fetchone()
             promote(conn, "b", "me", "forth")
+            # Readers do not wait for the disk, but who promotes does.
+            assert conn.execute("select pg_current_wal_flush_lsn() > %s", begun).fetchone() == (True,)
             rollback(conn, "me", "back")
     stop.set()
     for thread in threads:
@@ -317,13 +313,14 @@ def test_the_chain_feeds_the_live_release(
 
     monkeypatch.setattr(registry, "current_release", current)
     monkeypatch.setattr(registry, "vectors_of", lambda fingerprint: fingerprint["model"])
-    assert chain_release(conn, None) == registry.Chain(A)
+    assert chain_release(conn, None) == registry.Chain(A, "a")
     assert chain_release(conn, Path("/moved")).notes == ()
     other = chain_release(conn, WIDE)
     assert other.release == A and "EMBEDDING_CANDIDATE" in other.notes[0] and "promote b" in other.notes[0]
     assert "cannot be read" in chain_release(conn, Path("/nowhere")).notes[0]
     promote(conn, "b", "me", "better", force=True)
-    assert chain_release(conn, None).release == B
+    # Who promoted another model than the installed one knows it.
+    assert chain_release(conn, None) == registry.Chain(B, "b")
     del made[WIDE]
     with pytest.raises(NotLive, match="put it back"):
         chain_release(conn, None)
@@ -339,7 +336,7 @@ def test_a_release_cut_differently_takes_the_vectors_over_and_goes_live(
     monkeypatch.setattr(registry, "vectors_of", lambda fingerprint: fingerprint["model"])
     monkeypatch.setattr("assets.embeddings.index.protocol.shard_paths", lambda _: [])
     add(conn, "orders", ["cut anew"])
-    report = load(conn, "orders", release("a2", model="a"), folder / "a")
+    report = load(conn, "orders", release("a2", model="a"), folder / "a", after="a")
     assert (report.loaded, report.missing, report.vectors, report.live) == (0, 1, len(TEXTS), True)
     assert nearest(conn, vector_of("text 3")) == "text 3"
 
@@ -352,9 +349,30 @@ def test_a_model_replaced_in_its_folder_follows_when_it_covers_what_was_found(
     load(conn, "orders", A, folder / "a")
     # A text that only the live release remembers must not hold its successor back.
     conn.execute("delete from corpus.document where path = 'text 0'")
-    assert not load(conn, "notes", B, folder / "b").live
+    assert not load(conn, "notes", B, folder / "b", after="a").live
     write_shard(folder / "b", ["order"], seed=2, dimensions=16)
-    assert load(conn, "orders", B, folder / "b").live
+    assert load(conn, "orders", B, folder / "b", after="a").live
+
+
+def test_a_load_under_way_does_not_undo_what_a_person_decided(conn: Connection, folder: Path) -> None:
+    """Each release covers the other, and was the chain's when its load began."""
+    promote(conn, "b", "me", "better", force=True)
+    assert not load(conn, "notes", A, folder / "a", after="a").live
+    assert live_release(conn).name == "b"
+    rollback(conn, "me", "worse")
+    assert not load(conn, "notes", B, folder / "b", after="b").live
+    assert live_release(conn).name == "a"
+
+
+def test_a_release_is_not_dropped_while_it_is_loaded(
+    conn: Connection, database: Database, folder: Path
+) -> None:
+    conn.commit()
+    with database.connect() as loading:
+        registry.one_load_at_a_time(loading, "b")
+        conn.execute("set lock_timeout = '50ms'")
+        with pytest.raises(psycopg.errors.LockNotAvailable):
+            drop(conn, "b")
 
 
 def test_the_commands_say_what_they_did(
@@ -403,9 +421,9 @@ def test_a_candidate_is_built_by_source_checked_and_promoted_in_dagster(
     monkeypatch.setattr(assets, "recent_questions", lambda *_: TEXTS[:5])
     compared: list[tuple[str, str]] = []
 
-    def compare(_: Connection, candidate: str, live: Any) -> list[Measured]:
+    def compare(_: Connection, candidate: str, live: Any) -> list[Difference]:
         compared.append((candidate, live.name))
-        return [Measured(-0.1, 0.01)]
+        return [measured(-0.1, 0.01)]
 
     _, index, whole = assets.candidate_assets(contracts, WIDE, compare)
     with dg.instance_for_test() as instance:

@@ -2,9 +2,11 @@
 
 import math
 import re
+import sys
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,10 @@ from psycopg.types.json import Jsonb
 
 from assets.embeddings.postings import PostingsReport, refresh_postings
 from feedback.keys import create_key
+from orchestration import search as searching
+from orchestration.settings import Settings
 from storage.database import Database
+from storage.warehouse import WRITER
 from tests.integration.conftest import Cluster, FeedbackService
 
 Connection = psycopg.Connection[Any]
@@ -441,11 +446,37 @@ def test_every_field_filters_in_every_mode(graph: Corpus, mode: str) -> None:
     assert len(found({})) == len(found(None)) == 50
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["", "%", "_", "\\", "{}", "a,b", '"', "' or true --", "$1", "null", "日本 🙂", "É", "x" * 100_000],
+)
+def test_values_of_a_filter_are_texts_and_nothing_else(corpus: Corpus, value: str) -> None:
+    corpus.source(value)
+    corpus.add(
+        Text(
+            "amber", source=value, path=f"{value}/a.md", title=value.upper(), heading=value, media_type=value
+        ),
+        Text("amber birch", path="none", title="none", heading="none"),
+    )
+    wanted = dict.fromkeys(("source", "path", "media_type", "title", "heading"), value)
+    wanted |= {"document": f"{value}/000000", "path": f"{value}/"}
+    for name, one in wanted.items():
+        many = 10_000 if name in ("source", "document") else 10
+        for filter in (one, [*(f"? {n}" for n in range(many)), one]):
+            found = ids(corpus.search("amber", filter={name: filter}))
+            # Whatever there is contains the empty text.
+            assert len(found) == (2 if not value and name in ("title", "heading") else 1)
+            assert wanted["document"] in found
+
+
 def test_what_a_filter_cannot_be_is_said(corpus: Corpus) -> None:
     for filter, message in (
         ({"colour": "red"}, "filter.colour: there is no such field; filter by some of source, document"),
         ({"source": 1}, "filter.source: give a text, or an array of texts"),
         ({"source": ["a", None]}, "filter.source: give a text, or an array of texts"),
+        ({"path": {"a": "b"}}, "filter.path: give a text, or an array of texts"),
+        ({"title": [["a"]]}, "filter.title: give a text, or an array of texts"),
+        ({"heading": None}, "filter.heading: give a text, or an array of texts"),
         (["source"], "filter must be an object"),
     ):
         with (
@@ -491,6 +522,18 @@ def test_only_what_may_be_retrieved_and_is_still_there_is_found(corpus: Corpus, 
     assert found() == {}
 
 
+@pytest.mark.parametrize("mode", ["hybrid", "vector", "text"])
+def test_texts_that_the_index_does_not_know_to_be_gone_hide_no_others(corpus: Corpus, mode: str) -> None:
+    near, far = np.eye(DIMENSIONS, dtype=np.float32)[:2]
+    corpus.add(*(Text(f"amber {n}", vector=near) for n in range(210)))
+    corpus.add(*(Text(f"amber and other words {n}", vector=far) for n in range(5)))
+    # Enough of them to make amber a rare word.
+    corpus.add(*(Text(f"birch {n}", vector=-near) for n in range(900)))
+    corpus.conn.execute("delete from corpus.document where document_id < 'notes/000210'")
+    found = corpus.search("amber", k=5, mode=mode, vector=near)
+    assert sorted(ids(found)) == [f"notes/{n:06}" for n in range(210, 215)]
+
+
 def test_the_two_legs_are_added_and_explained(corpus: Corpus) -> None:
     vectors = unit(np.random.default_rng(2), 40)
     corpus.add(*(Text(f"birch {n}", vector=vectors[n]) for n in range(40)), Text("a birch without a vector"))
@@ -514,15 +557,17 @@ def test_the_two_legs_are_added_and_explained(corpus: Corpus) -> None:
 # --- with the model -------------------------------------------------------------------------------------------------
 
 
-def test_questions_are_embedded_by_the_live_releases_model(database: Database, tmp_path: Path) -> None:
-    from assets.embeddings.registry import NotLive
-    from assets.embeddings.release import current_release
-    from orchestration import search as searching
-    from orchestration.settings import Settings
-
-    deployment = Settings.from_environment(
+@pytest.fixture
+def deployment(database: Database, tmp_path: Path) -> Settings:
+    return Settings.from_environment(
         {"EXAMPLE": "none", "DATABASE_URL": database.url, "DATAMOAT_HOME": str(tmp_path)}
     )
+
+
+def test_questions_are_embedded_by_the_live_releases_model(database: Database, deployment: Settings) -> None:
+    from assets.embeddings.registry import NotLive
+    from assets.embeddings.release import current_release
+
     release = current_release(None)
     with database.connect(autocommit=True) as conn:
         corpus = Corpus(conn)
@@ -567,12 +612,115 @@ def test_questions_are_embedded_by_the_live_releases_model(database: Database, t
         searching._close()
 
 
+def test_a_release_of_another_dimension_that_goes_live_meanwhile_is_asked_anew(
+    database: Database, deployment: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from assets.embeddings.registry import find_live, promote, rollback
+    from assets.embeddings.release import current_release
+
+    with database.connect(autocommit=True) as conn:
+        corpus = Corpus(conn)
+        corpus.source("notes")
+        axes = np.eye(DIMENSIONS, dtype=np.float32)
+        corpus.add(Text("birch", vector=axes[0]), Text("cedar", vector=axes[1]))
+        # In the other release it is the other text that is nearest.
+        conn.execute(
+            "create table retrieval.release_b as select p.passage_no, (case c.text when 'cedar' then '[1,0]'"
+            " else '[0,1]' end)::halfvec(2) as embedding from retrieval.passage p join corpus.chunk c using (content_hash)"
+        )
+        for kind, name in (("table", "release_a"), ("table", "release_b"), ("view", "live")):
+            conn.execute(f"alter {kind} retrieval.{name} owner to datamoat_writer")
+        for name, dimensions, state in (("a", DIMENSIONS, "live"), ("b", 2, "candidate")):
+            conn.execute(
+                "insert into registry.embedding_release (release, fingerprint, dimensions, state)"
+                " values (%s, %s, %s, %s)",
+                [name, Jsonb(dict(current_release(None).fingerprint)), dimensions, state],
+            )
+    moves: list[str] = []
+    with database.connect(role=WRITER, autocommit=True) as conn:
+
+        def embedded(*_: Any) -> list[float]:
+            live = find_live(conn)
+            assert live is not None
+            if moves:
+                if moves.pop() == "promote":
+                    promote(conn, "b", "us", "a test", force=True)
+                else:
+                    rollback(conn, "us", "a test")
+            return [1.0] + [0.0] * (live.dimensions - 1)
+
+        monkeypatch.setattr(searching, "_embedded", embedded)
+        for mode in ("vector", "hybrid"):
+            assert ids(searching.search(deployment, "?", 2, mode)) == ["notes/000000", "notes/000001"]
+            moves.append("promote")
+            assert ids(searching.search(deployment, "?", 2, mode)) == ["notes/000001", "notes/000000"]
+            moves.append("rollback")
+            assert ids(searching.search(deployment, "?", 2, mode)) == ["notes/000000", "notes/000001"]
+        moves += ["promote", "rollback", "promote"]
+        with pytest.raises(psycopg.errors.DataException, match="dimensions"):
+            searching.search(deployment, "?", 2)
+        assert moves == []
+    searching._close()
+
+
+def test_twenty_ask_at_once(database: Database, deployment: Settings) -> None:
+    with database.connect(autocommit=True) as conn:
+        corpus = Corpus(conn)
+        corpus.source("notes")
+        corpus.add(*(Text(f"amber number{n}") for n in range(20)))
+    filter = {"document": [f"notes/{n:06}" for n in range(20)] + ["a\0b", "\ud800"]}
+
+    class Raced(deque[Any]):
+        """Seems to hold a connection, which another thread has taken by then."""
+
+        def __len__(self) -> int:
+            return 1
+
+    searching._idle[deployment] = Raced()
+    assert ids(searching.search(deployment, "number1", 3, "text", filter)) == ["notes/000001"]
+    for connection in searching._idle.pop(deployment):
+        connection.close()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(20) as threads:
+            asked = {
+                n: threads.submit(searching.search, deployment, f"number{n % 20}", 3, "text", filter)
+                for n in range(400)
+            }
+        assert {n: ids(one.result()) for n, one in asked.items()} == {
+            n: [f"notes/{n % 20:06}"] for n in asked
+        }
+    finally:
+        sys.setswitchinterval(before)
+    assert 0 < len(searching._idle[deployment]) <= 20
+    searching._close()
+
+
+def test_the_best_are_put_in_order_by_a_cross_encoder(
+    database: Database, deployment: Settings, tmp_path: Path
+) -> None:
+    from embedder.rerank import Reranker
+    from tests.unit.model_folders import write_folder
+
+    folder = write_folder(tmp_path / "cross", "bert", head=True)
+    with database.connect(autocommit=True) as conn:
+        corpus = Corpus(conn)
+        corpus.source("notes")
+        corpus.add(*(Text(f"amber {' '.join(WORDS[:n])}") for n in range(1, 8)))
+    scores = Reranker.open(folder).scores("amber", [text.body for text in corpus.texts.values()])
+    wanted = sorted(zip(corpus.texts, scores.tolist(), strict=True), key=lambda one: -one[1])[:3]
+    found = searching.search(deployment, "amber", 3, "text", rerank=folder)
+    assert ids(found) == [name for name, _ in wanted]
+    assert [row["rerank"] for row in found] == pytest.approx([score for _, score in wanted], abs=1e-3)
+    searching._close()
+
+
 def test_the_command_explains_and_refuses_what_it_cannot_filter_by(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from typer.testing import CliRunner
 
-    from orchestration import search as searching
     from orchestration.cli import app
 
     row = {"title": "Returns", "document_id": "a", "score": 7.5, "body": "Thirty days.", "distance": 0.25}

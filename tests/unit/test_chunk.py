@@ -156,6 +156,14 @@ def test_the_chunker_names_the_library_in_use() -> None:
     assert CHUNKER.endswith(f"semantic-text-splitter/{importlib.metadata.version('semantic-text-splitter')}")
 
 
+def test_endless_titles_take_time_in_proportion() -> None:
+    started = time.process_time()
+    chunks = chunk("# " + "long " * 100_000 + "".join(f"\n\n## Part {n}\n\nSo." for n in range(2_000)))
+    assert time.process_time() - started < 20
+    assert max(len(piece.heading) for piece in chunks) < 500
+    assert len({piece.content_hash for piece in chunks}) > 50
+
+
 def test_one_endless_line_takes_time_in_proportion() -> None:
     started = time.process_time()
     chunks = chunk("x" * 500_000 + " word" * 100_000)

@@ -423,3 +423,60 @@ def test_unstated_pii_counts_as_personal(folder: Path) -> None:
     content = copy.deepcopy(TICKETS)
     del content["customProperties"][1]
     assert load_one(folder, content).pii is True
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule", "says"),
+    [
+        ({"answer_start": "ticket_id"}, "bad_golden", "answer_start but no answer"),
+        ({"question_source": "handbook"}, "bad_golden", "question_source but no question_key"),
+        ({"answer": "reply"}, "unknown_column", "golden.answer is 'reply'"),
+        (
+            {"question_source": "claims", "question_key": "ticket_id"},
+            "unknown_source",
+            "question_source 'claims'",
+        ),
+        (
+            {"question_source": "tickets", "question_key": "ticket_id", "question": "text"},
+            "unknown_column",
+            "golden.question is 'text'",
+        ),
+    ],
+)
+def test_a_golden_set_names_what_there_is(
+    folder: Path, changes: dict[str, str], rule: str, says: str
+) -> None:
+    golden = copy.deepcopy(TICKETS) | {"name": "questions"}
+    mapping = {"question": "body", "document": "ticket_id", "document_source": "tickets"} | changes
+    golden["schema"][0]["customProperties"] = [{"property": "golden", "value": mapping}]
+    save(folder, "questions", golden)
+    save(folder, "tickets", TICKETS)
+    (error,) = load_contracts([folder], {})[1]
+    assert error.rule == rule and says in str(error)
+
+
+def test_a_golden_set_may_have_its_questions_elsewhere(folder: Path) -> None:
+    golden = copy.deepcopy(TICKETS) | {"name": "citations"}
+    mapping = {
+        "question": "body",
+        "document": "ticket_id",
+        "document_source": "tickets",
+        "question_source": "tickets",
+        "question_key": "ticket_id",
+    }
+    golden["schema"][0]["customProperties"] = [{"property": "golden", "value": mapping}]
+    save(folder, "citations", golden)
+    save(folder, "tickets", TICKETS)
+    contracts, errors = load_contracts([folder], {})
+    assert errors == []
+    assert contracts[0].golden == GoldenMapping(**mapping)
+
+
+def test_sections_of_a_document_are_an_array(folder: Path) -> None:
+    changed = copy.deepcopy(TICKETS)
+    changed["schema"][0]["customProperties"] = [
+        {"property": "corpus", "value": {"id": "ticket_id", "text": "body", "sections": "body"}}
+    ]
+    save(folder, "tickets", changed)
+    (error,) = load_contracts([folder], {})[1]
+    assert error.rule == "bad_corpus" and "sections" in str(error)

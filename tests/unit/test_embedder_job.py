@@ -22,10 +22,11 @@ from hypothesis import strategies as st
 from embedder import engines, job, protocol, texts
 from embedder.budget import Estimate, Ledger, Limits
 from embedder.encode import Embedder
-from embedder.job import Progress, Settings, ShardStage, Stopped, Summary, Watcher
+from embedder.job import Progress, Stopped, Summary, Watcher
 from embedder.model import open_model
 from embedder.protocol import EmbedderError, read_vectors
 from embedder.shards import locked
+from embedder.stage import Settings, ShardStage
 from embedder.tokens import Tokens, pad
 
 POISON = 9947  # the id of the token "poison" in the default model's vocabulary

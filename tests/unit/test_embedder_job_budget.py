@@ -97,8 +97,9 @@ def test_the_ceiling_on_cost_stops_before_a_shard_that_would_pass_it(tmp_path: P
     clock.now = 10
     account.check()
     clock.now = 10.5
-    with pytest.raises(OverBudget, match="raise --max-cost to continue"):
+    with pytest.raises(OverBudget, match="raise --max-cost to continue") as over:
         account.check()
+    assert "next shard" not in str(over.value)
     account.save()
     with pytest.raises(OverBudget):
         ledger(tmp_path, Clock(), price_per_hour=3600, max_cost=10).check()

@@ -15,11 +15,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedder import canary, encode, engines
+from embedder import canary, encode, engines, machine
 from embedder.encode import Embedder, Engine
 from embedder.engines import openvino
 from embedder.engines.encoder_graph import EncoderGraph
-from embedder.engines.openvino import fast_precision
+from embedder.machine import fast_precision
 from embedder.model import Model, load_weights, open_model
 from embedder.protocol import EmbedderError
 from embedder.tokens import Tokens
@@ -276,8 +276,8 @@ def test_bf16_is_chosen_only_where_the_cpu_multiplies_it(
     cpuinfo = tmp_path / "cpuinfo"
     for flags, wanted in (("fpu avx512f avx512_bf16", "bf16"), ("fpu amx_bf16", "bf16"), ("fpu avx2", "f32")):
         cpuinfo.write_text(f"processor : 0\nflags\t\t: {flags}\n")
-        found = openvino._cpu_flags(cpuinfo)
-        monkeypatch.setattr(openvino, "_cpu_flags", lambda _path, found=found: found)
+        found = machine._cpu_flags(cpuinfo)
+        monkeypatch.setattr(machine, "_cpu_flags", lambda _path, found=found: found)
         monkeypatch.setattr(platform, "system", lambda: "Linux")
         assert fast_precision() == wanted
         monkeypatch.undo()
@@ -289,8 +289,8 @@ def test_a_container_quota_limits_the_cores(tmp_path: Path) -> None:
     limit = tmp_path / "cpu.max"
     for text, wanted in (("max 100000\n", None), ("250000 100000\n", 2), ("50000 100000\n", 1)):
         limit.write_text(text)
-        assert openvino.cpu_quota(limit) == wanted
-    assert openvino.cpu_quota(tmp_path / "absent") is None
+        assert machine.cpu_quota(limit) == wanted
+    assert machine.cpu_quota(tmp_path / "absent") is None
 
 
 def test_encoding_imports_neither_torch_nor_a_telemetry_client() -> None:

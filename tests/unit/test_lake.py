@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from storage.lake import put, write_atomic
+from storage.lake import put, put_file, write_atomic
 
 
 def test_the_same_bytes_are_stored_once(tmp_path: Path) -> None:
@@ -13,6 +13,14 @@ def test_the_same_bytes_are_stored_once(tmp_path: Path) -> None:
     assert put(tmp_path, b"content", ".bin") == first
     assert first.stat().st_mtime_ns == before
     assert put(tmp_path, b"other", ".bin") != first
+
+
+def test_a_file_is_moved_to_where_its_bytes_would_be_put(tmp_path: Path) -> None:
+    for _ in range(2):
+        file = tmp_path / "file"
+        file.write_bytes(b"content")
+        assert put_file(tmp_path / "objects", file, ".bin") == put(tmp_path / "objects", b"content", ".bin")
+        assert not file.exists()
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_litter(

@@ -33,7 +33,7 @@ def test_a_start_date_that_is_none_says_so(day: str) -> None:
 
 
 def test_an_unknown_example_names_those_there_are() -> None:
-    with pytest.raises(SettingsError, match="feedbackqa, mlqe_pe, qa_feedback, support"):
+    with pytest.raises(SettingsError, match="feedbackqa, mlqe_pe, qa_feedback, scifact, support, xquad"):
         Settings.from_environment({"EXAMPLE": "suport"})
 
 

@@ -3,8 +3,8 @@
 Revision ID: 0002
 
 Release tables of revision 0001, keyed by the text's hash, and the view over them are dropped: their vectors lie in
-the lake, and the next run loads them into the new layout without embedding anything again. Until then a search
-finds no vectors.
+the lake, and the next run loads those of texts that are still embedded alike, and embeds the others. Until then a
+search finds no vectors.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ TABLES = """
 alter table registry.source add column language text not null default 'en';
 comment on column registry.source.language is 'ISO 639-1 code of what its texts are written in.';
 
--- The postings take its place.
+-- The postings take its place. The view holds on to every column; the next run makes it, and what reads it, anew.
+drop view if exists staging.stg_corpus__chunks cascade;
 alter table corpus.chunk drop column tsv;
 
 create table retrieval.term (
@@ -156,79 +157,95 @@ referencing old table as gone for each statement execute function retrieval.forg
 """
 
 FILTER = """
-create function retrieval.filter_values(filter jsonb, field text) returns text[]
-language sql immutable
-return case jsonb_typeof(filter -> field)
-  when 'string' then array[filter ->> field]
-  when 'array' then array(select jsonb_array_elements_text(filter -> field))
-end;
-comment on function retrieval.filter_values is 'What a filter asks of a field, any of which may match; null: anything.';
+create type retrieval.wanted as (
+  sources text[], documents text[], paths text[], media_types text[], titles text[], headings text[]
+);
+comment on type retrieval.wanted is
+  'What a passage must have to be found: of each field one of the values, or anything where it is null.';
 
-create function retrieval.check_filter(filter jsonb) returns void
-language plpgsql immutable
+create function retrieval.read_filter(filter jsonb) returns retrieval.wanted
+language plpgsql stable
 as $$
 declare
   fields constant text[] := array['source', 'document', 'path', 'media_type', 'title', 'heading'];
   field text;
-  wanted jsonb;
+  given jsonb;
+  texts text[];
+  wanted retrieval.wanted;
 begin
   if jsonb_typeof(filter) not in ('object', 'null') then
     raise invalid_parameter_value using message = 'filter must be an object, such as {"source": "handbook"}';
   end if;
-  for field, wanted in select * from jsonb_each(case when jsonb_typeof(filter) = 'object' then filter end) loop
+  for field, given in select * from jsonb_each(case when jsonb_typeof(filter) = 'object' then filter end) loop
     if field <> all(fields) then
       raise invalid_parameter_value using message =
         format('filter.%s: there is no such field; filter by some of %s', field, array_to_string(fields, ', '));
     end if;
-    if jsonb_typeof(wanted) not in ('string', 'array')
-      or exists (
-        select from jsonb_array_elements(case jsonb_typeof(wanted) when 'array' then wanted end) as one
-        where jsonb_typeof(one) <> 'string'
-      )
-    then
+    if jsonb_typeof(given) = 'string' then
+      given := jsonb_build_array(given);
+    end if;
+    if jsonb_typeof(given) <> 'array' or jsonb_path_exists(given, 'strict $[*] ? (@.type() <> "string")') then
       raise invalid_parameter_value using message =
         format('filter.%s: give a text, or an array of texts of which any may match', field);
     end if;
+    texts := array(select jsonb_array_elements_text(given));
+    case field
+      when 'source' then wanted.sources := texts;
+      when 'document' then wanted.documents := texts;
+      when 'path' then wanted.paths := texts;
+      when 'media_type' then wanted.media_types := texts;
+      when 'title' then wanted.titles := texts;
+      when 'heading' then wanted.headings := texts;
+    end case;
   end loop;
+  wanted.sources := array(
+    select s.source from registry.source as s
+    where 'rag' = any(s.allowed_uses) and (wanted.sources is null or s.source = any(wanted.sources))
+  );
+  return wanted;
 end
 $$;
+comment on function retrieval.read_filter is
+  'A filter as lists of values; its sources are those that may be retrieved, whether it names any or not.';
 
--- Inlined where it is used: with the filter known, what it does not ask for costs nothing.
-create function retrieval.surviving_chunks(sources text[], filter jsonb)
+-- Inlined where it is used: in a plan made for what is wanted, what is not asked for costs nothing.
+create function retrieval.surviving_chunks(wanted retrieval.wanted)
 returns table (chunk_id text, content_hash text, document_id text)
 language sql stable
 as $$
   select c.chunk_id, c.content_hash, c.document_id
   from corpus.chunk as c
   left join corpus.document as d on d.document_id = c.document_id
-  where c.source = any(sources)
+  where c.source = any(wanted.sources)
+    and (wanted.documents is null or c.document_id = any(wanted.documents))
+    and (wanted.paths is null or d.path ^@ any(wanted.paths))
+    and (wanted.media_types is null or d.media_type = any(wanted.media_types))
     and (
-      retrieval.filter_values(filter, 'document') is null
-      or c.document_id = any(retrieval.filter_values(filter, 'document'))
+      wanted.titles is null
+      or exists (select from unnest(wanted.titles) as part where strpos(lower(d.title), lower(part)) > 0)
     )
     and (
-      retrieval.filter_values(filter, 'path') is null or d.path ^@ any(retrieval.filter_values(filter, 'path'))
-    )
-    and (
-      retrieval.filter_values(filter, 'media_type') is null
-      or d.media_type = any(retrieval.filter_values(filter, 'media_type'))
-    )
-    and (
-      retrieval.filter_values(filter, 'title') is null
-      or exists (
-        select from unnest(retrieval.filter_values(filter, 'title')) as part
-        where strpos(lower(d.title), lower(part)) > 0
-      )
-    )
-    and (
-      retrieval.filter_values(filter, 'heading') is null
-      or exists (
-        select from unnest(retrieval.filter_values(filter, 'heading')) as part
-        where strpos(lower(c.heading), lower(part)) > 0
-      )
+      wanted.headings is null
+      or exists (select from unnest(wanted.headings) as part where strpos(lower(c.heading), lower(part)) > 0)
     )
 $$;
-comment on function retrieval.surviving_chunks is 'The chunks of some sources that a filter lets through.';
+comment on function retrieval.surviving_chunks is 'The chunks that have what is wanted.';
+
+create function retrieval.any_gone(passages int[], wanted retrieval.wanted) returns boolean
+language plpgsql stable
+as $$
+begin
+  return exists (
+    select from retrieval.passage as p
+    where p.passage_no = any(passages)
+      and not exists (
+        select from retrieval.surviving_chunks(wanted) as c where c.content_hash = p.content_hash
+      )
+  );
+end
+$$;
+comment on function retrieval.any_gone is
+  'Whether some passages do not survive, as when their chunks were deleted and the index does not know yet.';
 """
 
 # BM25 as Robertson and Zaragoza give it (2009), its idf kept above zero by adding 1 under the logarithm.
@@ -239,45 +256,44 @@ return idf * tf * (1.2 + 1) / (tf + 1.2 * (1 - 0.75 + 0.75 * length / average));
 comment on function retrieval.bm25 is 'What one term adds to the score of a passage: k1 = 1.2, b = 0.75.';
 
 create function retrieval.matching_passages(
-  term_nos int[], idfs float8[], averages float8[], sources text[], filter jsonb, survivors int[], depth int
+  term_nos int[], idfs float8[], averages float8[], survivors int[], wanted retrieval.wanted, depth int
 ) returns int[]
 language plpgsql stable
 as $$
-#variable_conflict use_column
+declare
+  best constant text := 'select p.passage_no
+    from unnest($1, $2, $3) as t (term_no, idf, average)
+    join retrieval.posting as p using (term_no)
+    %s
+    group by p.passage_no
+    order by sum(retrieval.bm25(t.idf, p.tf, p.length, t.average)) desc, p.passage_no
+    %s';
+  statement text;
+  found int[];
 begin
   if survivors is not null then
-    return array(
-      select p.passage_no
-      from unnest(term_nos, idfs, averages) as t (term_no, idf, average)
-      join retrieval.posting as p using (term_no)
-      join unnest(survivors) as s (passage_no) using (passage_no)
-      group by p.passage_no
-      order by sum(retrieval.bm25(t.idf, p.tf, p.length, t.average)) desc, p.passage_no
-      limit depth
-    );
+    statement := format(best, 'join unnest($4) as s (passage_no) using (passage_no)', 'limit $5');
+  elsif wanted is null then
+    statement := format(best, '', 'limit $5');
+  else
+    -- Asked one by one whether they survive until there are enough: most of those that match are never asked.
+    statement := 'select m.passage_no from (' || format(best, '', 'offset 0') || ') as m
+      where exists (
+        select from retrieval.passage as p
+        join retrieval.surviving_chunks($6) as c using (content_hash)
+        where p.passage_no = m.passage_no
+        offset 0
+      )
+      limit $5';
   end if;
-  -- Best first, and asked whether they survive until there are enough: most of those that match are never asked.
-  return array(
-    select m.passage_no
-    from (
-      select p.passage_no, sum(retrieval.bm25(t.idf, p.tf, p.length, t.average)) as bm25
-      from unnest(term_nos, idfs, averages) as t (term_no, idf, average)
-      join retrieval.posting as p using (term_no)
-      group by p.passage_no
-      order by bm25 desc, p.passage_no
-      offset 0
-    ) as m
-    where exists (
-      select from retrieval.passage as p
-      join retrieval.surviving_chunks(sources, filter) as c using (content_hash)
-      where p.passage_no = m.passage_no
-      offset 0
-    )
-    limit depth
-  );
+  execute 'select array(' || statement || ')'
+    into found using term_nos, idfs, averages, survivors, depth, wanted;
+  return found;
 end
 $$;
-comment on function retrieval.matching_passages is 'The passages that some terms match best, best first.';
+comment on function retrieval.matching_passages is
+  'The passages that some terms match best, best first: of the survivors where they are given, else of those that have
+what is wanted, or of all where that is null.';
 """
 
 SEARCH = """
@@ -291,37 +307,41 @@ create function retrieval.search(
   distance double precision, vector_rank int, bm25 double precision, text_rank int, terms jsonb, also_in text[]
 )
 language plpgsql stable
--- The right plan depends on the filter, and on how many rows are asked for.
-set plan_cache_mode = force_custom_plan
+-- Each statement is planned once in a session. Those whose right plan depends on what they are given are executed
+-- from texts, which are planned every time.
+set plan_cache_mode = force_generic_plan
 set jit = off
 as $$
 #variable_conflict use_column
 declare
   depth constant int := greatest(100, 2 * k);
-  sources constant text[] := array(
-    select s.source from registry.source as s
-    where 'rag' = any(s.allowed_uses)
-      and (
-        retrieval.filter_values(filter, 'source') is null
-        or s.source = any(retrieval.filter_values(filter, 'source'))
-      )
-  );
-  -- Up to so many survivors it costs less to look at each of them than to walk the graph past those that do not
-  -- survive: the walk visits about depth * indexed / survivors vectors.
-  few constant int := coalesce(exact_up_to, (
-    select greatest(5000, sqrt(3.0 * depth * coalesce(sum(c.passages), 0))) from retrieval.text_corpus as c
-  ))::int;
-  walk constant text[] := array[
-    'hnsw.iterative_scan', 'hnsw.ef_search', 'hnsw.max_scan_tuples', 'hnsw.scan_mem_multiplier',
-    'relaxed_order', '100', '100000', '4'
-  ];
+  wanted constant retrieval.wanted := retrieval.read_filter(filter);
+  -- Whether some of what is indexed must not be found.
+  restricted constant boolean := exact_up_to is not null
+    or num_nonnulls(wanted.documents, wanted.paths, wanted.media_types, wanted.titles, wanted.headings) > 0
+    or exists (
+      select from registry.source as s
+      where s.source <> all(wanted.sources) and exists (select from corpus.chunk as c where c.source = s.source)
+    );
+  list_hashes constant text :=
+    'select array(select s.content_hash from retrieval.surviving_chunks($1) as s limit $2)';
+  list_passages constant text :=
+    'select array(select p.passage_no from retrieval.passage as p where p.content_hash = any($1))';
+  -- Relaxed order is almost that of the distance; adding 0 makes the planner sort, and keeps it off the graph.
+  list_nearest constant text := 'select
+      coalesce(array_agg(n.passage_no order by n.distance + 0, n.passage_no), ''{}''),
+      coalesce(array_agg(n.distance order by n.distance + 0, n.passage_no), ''{}'')
+    from (
+      select v.passage_no, v.embedding <=> $1 as distance from retrieval.live as v where %s order by %s limit $2
+    ) as n';
   before text[];
-  surviving int;
+  few int;
+  hashes text[];
   survivors int[];
   nearest int[] := '{}';
+  distances float8[] := '{}';
   matching int[] := '{}';
-  candidates int[];
-  distances float8[];
+  others int[];
   spread float8 := 1;
   configurations text[];
   lexemes text[];
@@ -329,6 +349,7 @@ declare
   idfs float8[];
   averages float8[];
   rare int;
+  all_rare boolean;
 begin
   if mode is null or mode not in ('hybrid', 'vector', 'text') then
     raise invalid_parameter_value using message = format('mode must be hybrid, vector or text, not %s', mode);
@@ -339,60 +360,52 @@ begin
   if mode <> 'text' and query_embedding is null then
     raise invalid_parameter_value using message = format('query_embedding must be given in mode %s', mode);
   end if;
-  perform retrieval.check_filter(filter);
 
-  select count(*) into surviving
-  from (select from retrieval.surviving_chunks(sources, filter) limit few + 1) as s;
-  if surviving <= few then
-    survivors := array(
-      select p.passage_no from retrieval.passage as p
-      where p.content_hash in (select s.content_hash from retrieval.surviving_chunks(sources, filter) as s)
-    );
+  if restricted then
+    -- Up to so many survivors it costs less to look at each of them than to walk the graph past those that do not
+    -- survive: the walk visits about depth * indexed / survivors vectors.
+    few := coalesce(exact_up_to, (
+      select greatest(5000, sqrt(3.0 * depth * coalesce(sum(c.passages), 0))) from retrieval.text_corpus as c
+    ));
+    execute list_hashes into hashes using wanted, few + 1;
+    if cardinality(hashes) <= few then
+      execute list_passages into survivors using hashes;
+    end if;
   end if;
 
   if mode <> 'text' then
     if survivors is null then
       -- By hand, since a function may only be declared with settings that are known when it is restored.
-      before := array(
-        select current_setting(name) from unnest(walk[1:4]) with ordinality as w (name, place) order by place
-      );
-      perform set_config(walk[i], walk[4 + i], true) from generate_series(1, 4) as i;
-      nearest := array(
-        select n.passage_no
-        from (
-          select v.passage_no, v.embedding <=> query_embedding as distance
-          from retrieval.live as v
-          where exists (
-            select from retrieval.surviving_chunks(sources, filter) as c
-            where c.content_hash = v.content_hash
-            offset 0
-          )
-          order by v.embedding <=> query_embedding
-          limit depth
-        ) as n
-        -- Relaxed order is almost that of the distance; adding 0 makes the planner sort.
-        order by n.distance + 0, n.passage_no
-      );
-      perform set_config(walk[i], before[i], true) from generate_series(1, 4) as i;
+      before := array[
+        current_setting('hnsw.iterative_scan'), current_setting('hnsw.ef_search'),
+        current_setting('hnsw.max_scan_tuples'), current_setting('hnsw.scan_mem_multiplier')
+      ];
+      perform
+        set_config('hnsw.iterative_scan', 'relaxed_order', true), set_config('hnsw.ef_search', '100', true),
+        set_config('hnsw.max_scan_tuples', '100000', true), set_config('hnsw.scan_mem_multiplier', '4', true);
+      execute format(
+        list_nearest,
+        case when restricted then
+          'exists (select from retrieval.surviving_chunks($3) as c where c.content_hash = v.content_hash offset 0)'
+        else 'true' end,
+        'v.embedding <=> $1'
+      ) into nearest, distances using query_embedding, depth, wanted;
+      perform
+        set_config('hnsw.iterative_scan', before[1], true), set_config('hnsw.ef_search', before[2], true),
+        set_config('hnsw.max_scan_tuples', before[3], true), set_config('hnsw.scan_mem_multiplier', before[4], true);
     end if;
-    if cardinality(nearest) < k then
+    if survivors is not null or cardinality(nearest) < k or retrieval.any_gone(nearest[1:k], wanted) then
       -- Few survive; or the walk has found fewer than there may be.
-      survivors := coalesce(survivors, array(
-        select p.passage_no from retrieval.passage as p
-        where p.content_hash in (select s.content_hash from retrieval.surviving_chunks(sources, filter) as s)
-      ));
-      nearest := array(
-        select v.passage_no
-        from unnest(survivors) as s (passage_no)
-        join retrieval.live as v using (passage_no)
-        order by (v.embedding <=> query_embedding) + 0, v.passage_no
-        limit depth
-      );
+      if survivors is null then
+        execute list_hashes into hashes using wanted, null::int;
+        execute list_passages into survivors using hashes;
+      end if;
+      execute format(list_nearest, 'v.passage_no = any($3)', '(v.embedding <=> $1) + 0')
+        into nearest, distances using query_embedding, depth, survivors;
     end if;
   end if;
 
   if mode <> 'vector' then
-    -- As arrays, whose length the planner knows: it would read all terms otherwise.
     select array_agg(c.configuration), array_agg(w.lexeme) into configurations, lexemes
     from retrieval.text_corpus as c
     cross join unnest(to_tsvector(c.configuration::regconfig, left(query, 10000))) as w
@@ -413,18 +426,25 @@ begin
       limit 64
     ) as t;
     -- Rare terms choose the candidates and all terms rank them: the postings of a common term are long and say little.
+    all_rare := rare = cardinality(term_nos);
     matching := retrieval.matching_passages(
-      term_nos[1:rare], idfs[1:rare], averages[1:rare], sources, filter, survivors, 2 * depth
+      term_nos[1:rare], idfs[1:rare], averages[1:rare], survivors, case when restricted then wanted end,
+      case when all_rare then depth else 2 * depth end
     );
-    if cardinality(matching) < k and rare < cardinality(term_nos) then
-      matching := retrieval.matching_passages(
-        term_nos, idfs, averages, sources, filter, survivors, 2 * depth
-      );
+    if not all_rare and cardinality(matching) < k or retrieval.any_gone(matching[1:k], wanted) then
+      matching := retrieval.matching_passages(term_nos, idfs, averages, survivors, wanted, 2 * depth);
     end if;
   end if;
 
-  candidates := array(select distinct u from unnest(nearest || matching) as u);
+  -- What only words found is compared with the question too.
+  others := array(select m from unnest(matching) as m where m <> all(nearest));
   if mode = 'hybrid' then
+    distances := distances || array(
+      select v.embedding <=> query_embedding
+      from unnest(others) with ordinality as o (passage_no, place)
+      left join retrieval.live as v using (passage_no)
+      order by o.place
+    );
     -- How far apart the distances of this question are at all, by a hundred passages taken evenly.
     with sample as materialized (
       select p.passage_no
@@ -441,21 +461,13 @@ begin
     from sample
     join retrieval.live as v using (passage_no);
   end if;
-  if mode <> 'text' then
-    distances := array(
-      select v.embedding <=> query_embedding
-      from unnest(candidates) with ordinality as c (passage_no, place)
-      left join retrieval.live as v using (passage_no)
-      order by c.place
-    );
-  end if;
 
   return query
   with weight as (
     select p.passage_no, t.lexeme, retrieval.bm25(t.idf, p.tf, p.length, t.average) as weight
     from unnest(term_nos, lexemes, idfs, averages) as t (term_no, lexeme, idf, average)
     join retrieval.posting as p using (term_no)
-    where p.passage_no = any(candidates)
+    where p.passage_no = any(nearest || others)
   ),
   words as (
     select
@@ -467,9 +479,9 @@ begin
   scored as (
     select
       c.passage_no, c.distance, w.bm25, w.terms,
-      array_position(nearest, c.passage_no) as vector_rank,
-      case when c.passage_no = any(matching) then
-        row_number() over (partition by c.passage_no = any(matching) order by w.bm25 desc nulls last, c.passage_no)
+      case when c.place <= cardinality(nearest) then c.place end::int as vector_rank,
+      case when m.passage_no is not null then
+        row_number() over (partition by m.passage_no is null order by w.bm25 desc, c.passage_no)
       end::int as text_rank,
       case mode
         when 'text' then w.bm25
@@ -478,26 +490,26 @@ begin
         else coalesce(w.bm25, 0)
           + 1.5 / greatest(spread, 0.01) * (1 - coalesce(c.distance, max(c.distance) over (), 1))
       end as score
-    from unnest(candidates, distances) as c (passage_no, distance)
+    from unnest(nearest || others, distances) with ordinality as c (passage_no, distance, place)
     left join words as w using (passage_no)
-  ),
-  best as (
-    select * from scored as s order by s.score desc, s.passage_no limit k
+    left join unnest(matching) as m (passage_no) using (passage_no)
+    order by score desc, c.passage_no
   )
   select
     c.chunk_id, c.document_id, c.source, d.title, c.heading, c.text,
     b.score, b.distance, b.vector_rank, b.bm25, b.text_rank, b.terms,
     (array_remove(place.documents, c.document_id))[1:20]
-  from best as b
+  from scored as b
   join retrieval.passage as p using (passage_no)
   cross join lateral (
     select min(s.chunk_id) as chunk_id, array_agg(distinct s.document_id) as documents
-    from retrieval.surviving_chunks(sources, filter) as s
+    from retrieval.surviving_chunks(wanted) as s
     where s.content_hash = p.content_hash
   ) as place
   join corpus.chunk as c on c.chunk_id = place.chunk_id
   join corpus.document as d on d.document_id = c.document_id
-  order by b.score desc, b.passage_no;
+  order by b.score desc, b.passage_no
+  limit k;
 end
 $$;
 comment on function retrieval.search is
