@@ -284,17 +284,18 @@ def missing_texts(connection: Connection, name: str, table: sql.Composable | Non
     A text that was refused here and has no vector in the live release either loses nothing, and does not count.
 
     Args:
-        table: Where its vectors are, if not in its own table.
+        table: For a load: where its vectors are so far. The live release is not looked at then, for who moves the view
+            would wait for the end of the load; no refused text counts.
     """
-    forgiven = (
-        sql.SQL(
-            " and not (exists (select from retrieval.embedding_failure f"
-            " where f.release = {} and f.content_hash = p.content_hash)"
-            " and not exists (select from retrieval.live l where l.passage_no = p.passage_no))"
-        ).format(sql.Literal(name))
-        if _view_exists(connection)
-        else sql.SQL("")
+    or_live = (
+        " and not exists (select from retrieval.live l where l.passage_no = p.passage_no)"
+        if table is None and _view_exists(connection)
+        else ""
     )
+    forgiven = sql.SQL(
+        " and not (exists (select from retrieval.embedding_failure f"
+        f" where f.release = {{}} and f.content_hash = p.content_hash){or_live})"
+    ).format(sql.Literal(name))
     return int(
         _value(
             connection,

@@ -51,10 +51,9 @@ class SentenceTransformersEngine:
     def __init__(self, model: Model, device: str, precision: str) -> None:
         import torch
         from sentence_transformers import SentenceTransformer
-        from transformers import utils
+        from transformers.utils import logging
 
-        log: Any = utils.logging
-        log.disable_progress_bar()  # it would be written into the job's log
+        logging.disable_progress_bar()  # it would be written into the job's log
         dtype = {F32: torch.float32, BF16: torch.bfloat16}[precision]
         try:
             self._modules: Any = SentenceTransformer(

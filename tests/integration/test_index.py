@@ -240,6 +240,29 @@ def test_readers_do_not_wait_for_what_follows_a_swap(
     assert writer.execute(old).fetchone() == (0,)
 
 
+def test_a_long_load_of_a_candidate_does_not_hold_the_view(
+    writer: Connection,
+    database: Database,
+    tmp_path: Path,
+    small_graphs: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    add(writer, "notes", texts(0, 120))
+    write_shard(tmp_path, texts(0, 120))
+    load(writer, "notes", A, tmp_path)
+    held: list[str] = []
+
+    def look(conn: Connection, table: Any, resources: Any) -> None:
+        relations = conn.execute(
+            "select relation::regclass::text from pg_locks where locktype = 'relation' and pid = pg_backend_pid()"
+        )
+        held.extend(name for (name,) in relations)
+
+    monkeypatch.setattr(index, "_create_graph", look)
+    load(writer, "notes", release("b"), tmp_path, follow=False)
+    assert "retrieval.passage" in held and not {"retrieval.live", "retrieval.release_a"} & {*held}
+
+
 def test_no_read_fails_while_the_index_is_swapped(
     writer: Connection,
     database: Database,

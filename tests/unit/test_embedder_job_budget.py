@@ -12,6 +12,7 @@ from embedder import job, protocol
 from embedder.budget import Ledger, Limits, OverBudget
 from embedder.job import Stopped
 from embedder.protocol import EmbedderError
+from embedder.stage import ShardStage
 from tests.unit.test_embedder_job import Watching, quick_embedder, run, some
 
 
@@ -177,7 +178,7 @@ def test_a_spent_budget_opens_no_engine(tmp_path: Path, monkeypatch: pytest.Monk
     clock = Clock()
     limits = Limits(price_per_hour=3600, max_cost=12)
     stopped(tmp_path, limits, timer=clock, watcher=ticking(clock))
-    monkeypatch.setattr(job.ShardStage, "open", lambda _self: pytest.fail("the engine was opened"))
+    monkeypatch.setattr(ShardStage, "open", lambda _self: pytest.fail("the engine was opened"))
     stopped(tmp_path, Limits(price_per_hour=3600, max_cost=8), timer=Clock())
 
 

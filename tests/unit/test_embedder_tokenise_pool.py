@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +120,7 @@ def running(pid: int) -> bool:
 
 def test_the_number_of_processes_leaves_two_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     for cores, workers in ((1, 1), (2, 1), (3, 1), (16, 14)):
-        monkeypatch.setattr(tokenise_pool, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(tokenise_pool, "usable_cores", partial(int, cores))
         assert TokeniserPool(open_model()).workers == workers
     monkeypatch.undo()
     assert 1 <= tokenise_pool.usable_cores() <= (os.cpu_count() or 1)
