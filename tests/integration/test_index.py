@@ -101,6 +101,17 @@ def test_a_text_is_kept_once_and_as_long_as_a_chunk_has_it(conn: Connection, tmp
     assert load(conn, "notes", b, tmp_path, follow=False).loaded == 0
 
 
+def test_long_vectors_lie_within_their_rows(conn: Connection, tmp_path: Path) -> None:
+    add(conn, "notes", texts(0, 3))
+    write_shard(tmp_path, texts(0, 3), dimensions=4000)
+    assert load(conn, "notes", release("long", 4000), tmp_path).loaded == 3
+    out_of_line = conn.execute(
+        "select pg_relation_size(reltoastrelid) from pg_class where oid = 'retrieval.release_long'::regclass"
+        " and reltoastrelid <> 0"
+    ).fetchone()
+    assert out_of_line in (None, (0,))
+
+
 def test_vectors_of_texts_that_changed_meanwhile_are_not_wanted(conn: Connection, tmp_path: Path) -> None:
     add(conn, "notes", texts(0, 4))
     write_shard(tmp_path, texts(0, 4))
