@@ -53,7 +53,8 @@ class SentenceTransformersEngine:
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging
 
-        logging.disable_progress_bar()  # it would be written into the job's log
+        # A bar would be written into the job's log.
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         dtype = {F32: torch.float32, BF16: torch.bfloat16}[precision]
         try:
             self._modules: Any = SentenceTransformer(

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from embedder import tokenise_pool
+from embedder.machine import usable_cores
 from embedder.model import open_model
 from embedder.protocol import EmbedderError
 from embedder.tokenise_pool import SLICE, TokeniserPool
@@ -123,4 +124,4 @@ def test_the_number_of_processes_leaves_two_cores(monkeypatch: pytest.MonkeyPatc
         monkeypatch.setattr(tokenise_pool, "usable_cores", partial(int, cores))
         assert TokeniserPool(open_model()).workers == workers
     monkeypatch.undo()
-    assert 1 <= tokenise_pool.usable_cores() <= (os.cpu_count() or 1)
+    assert 1 <= usable_cores() <= (os.cpu_count() or 1)
