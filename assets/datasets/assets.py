@@ -51,7 +51,7 @@ def _dataset(kind: Kind, golden: Sequence[Contract]) -> dg.AssetsDefinition:
     ) -> dg.MaterializeResult:
         with warehouse.connect(f"dataset {kind}") as connection:
             questions = [
-                question for contract in golden for question in _golden_questions(connection, contract)
+                question for contract in golden for question in golden_questions(connection, contract)
             ]
             built = build(kind, read_signals(connection), golden=questions)
             version = publish(connection, warehouse.lake, kind, built, run_id=context.run_id)
@@ -71,16 +71,15 @@ def _dataset(kind: Kind, golden: Sequence[Contract]) -> dg.AssetsDefinition:
     return dataset
 
 
-def _golden_questions(connection: Any, contract: Contract) -> list[str]:
+def golden_questions(connection: Any, contract: Contract) -> list[str]:
     """All questions of a golden source; none while it has not been landed."""
     assert contract.golden is not None
-    landed = connection.execute("select to_regclass(%s)", [f"raw.{contract.name}"]).fetchone()
+    source = contract.golden.question_source or contract.name
+    landed = connection.execute("select to_regclass(%s)", [f"raw.{source}"]).fetchone()
     if landed is None or landed[0] is None:
         return []
-    query = sql.SQL("select {} from {} where {} is not null").format(
-        sql.Identifier(contract.golden.question),
-        sql.Identifier("raw", contract.name),
-        sql.Identifier(contract.golden.question),
+    query = sql.SQL("select {0}::text from {1} where {0} is not null").format(
+        sql.Identifier(contract.golden.question), sql.Identifier("raw", source)
     )
     return [row[0] for row in connection.execute(query)]
 

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from psycopg.types.json import Jsonb
 
+from assets.datasets.assets import golden_questions
 from assets.documents.chunk import embedded_text
 from assets.documents.corpus import refresh_chunks, refresh_documents
 from assets.documents.parse import Parser
@@ -182,6 +183,8 @@ def test_answers_may_be_columns_and_questions_a_table_of_their_own(handbook: Con
     )
     golden = read_golden(handbook, elsewhere, contract("asked", key="key"))
     assert [*golden.queries.values()] == ["And?", "By what?"]
+    # They stay out of training sets as well.
+    assert {"And?", "By what?"} <= {*golden_questions(handbook, elsewhere)}
     assert {*map(len, golden.targets.values())} == {1}
 
 
