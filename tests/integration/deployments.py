@@ -73,6 +73,8 @@ TRANSIENT = (
     "first_seen",
     "last_seen",
     "landed_at",
+    "loaded_at",
+    "at",
     "updated_at",
     "created_at",
     "moved_at",

@@ -359,11 +359,10 @@ def test_a_client_that_comes_while_the_server_stops_gets_a_new_one(
     late = use(progress=said.append)
     waiter = threading.Thread(target=lambda: got.append(late.acquire()))
     waiter.start()
-    time.sleep(0.5)
+    wait_until(lambda: any("to stop" in line for line in said))
     assert waiter.is_alive() and not got
     os.kill(checkpointer, signal.SIGCONT)
     waiter.join(30)
-    assert any("to stop" in line for line in said)
     assert run_sql(got[0], "select 1") == (1,)
     assert postmaster_pid(home) != old
 

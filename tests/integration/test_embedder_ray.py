@@ -191,9 +191,12 @@ def test_a_killed_worker_costs_its_shards_and_changes_no_byte(
     assert killed and killed[0] < SHARDS, "the worker was not killed mid-way"
     assert contents(tmp_path / "on_ray") == contents(tmp_path / "direct")
     assert figures(summary) == figures(direct)
-    assert noted(tmp_path, "made") == Counter(range(SHARDS))
     twice = {number for number, times in noted(tmp_path, "begun").items() if times > 1}
-    assert HELD in twice and len(twice) <= 2  # what the worker had at hand: one it encodes, one it prepares
+    # What the worker had at hand: one it encodes, one it prepares, and one whose end it has not yet told.
+    assert HELD in twice and len(twice) <= 3
+    made = noted(tmp_path, "made")
+    assert made.keys() == {*range(SHARDS)}
+    assert {number for number, times in made.items() if times > 1} <= twice - {HELD}
 
 
 @pytest.mark.usefixtures("cluster")
