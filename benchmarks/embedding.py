@@ -38,6 +38,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from benchmarks.gpu import flops
 from benchmarks.texts import texts
 from embedder.canary import MIN_COSINE, worst_cosine
 from embedder.encode import Embedder
@@ -292,15 +293,6 @@ def gemm_rate(model: Model, precision: str, streams: int) -> float:
             request.wait()
         seconds.append(time.perf_counter() - started)
     return streams * 2 * 2 * GEMM_ROWS * model.hidden * inner * GEMM_LAYERS / min(seconds)
-
-
-def flops(model: Model, lengths: npt.NDArray[np.int32]) -> float:
-    """Multiplications and additions of the matrix products, attention included, for rows of these token counts."""
-    inner = int(model.config["intermediate_size"])
-    per_token = 2 * (4 * model.hidden**2 + 2 * model.hidden * inner) * model.layers
-    per_pair = 4 * model.hidden * model.layers
-    tokens = lengths.astype(np.float64)
-    return float((tokens * (per_token + per_pair * tokens)).sum())
 
 
 def runners(model: Path, sample: list[str], rounds: int, folder: Path) -> dict[str, float]:

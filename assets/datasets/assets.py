@@ -4,14 +4,14 @@ Belongs here: wiring. Building rows is in builders.py, storing versions in versi
 """
 
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import get_args
 
 import dagster as dg
-from psycopg import sql
 
 from assets.datasets.builders import Kind, build
 from assets.datasets.signals import read_signals
 from assets.datasets.versions import publish, verify
+from assets.evaluation.golden import golden_questions
 from assets.sources.contract import Contract
 from storage.warehouse import Warehouse
 
@@ -69,19 +69,6 @@ def _dataset(kind: Kind, golden: Sequence[Contract]) -> dg.AssetsDefinition:
         )
 
     return dataset
-
-
-def golden_questions(connection: Any, contract: Contract) -> list[str]:
-    """All questions of a golden source; none while it has not been landed."""
-    assert contract.golden is not None
-    source = contract.golden.question_source or contract.name
-    landed = connection.execute("select to_regclass(%s)", [f"raw.{source}"]).fetchone()
-    if landed is None or landed[0] is None:
-        return []
-    query = sql.SQL("select {0}::text from {1} where {0} is not null").format(
-        sql.Identifier(contract.golden.question), sql.Identifier("raw", source)
-    )
-    return [row[0] for row in connection.execute(query)]
 
 
 def _is_sound(kind: Kind) -> dg.AssetChecksDefinition:

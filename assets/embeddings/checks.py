@@ -23,13 +23,14 @@ from assets.embeddings.registry import (
     record_checks,
     release_table,
 )
+from assets.evaluation.golden import golden_questions
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
     from assets.evaluation.compare import Difference
-    from assets.sources.contract import Contract
+from assets.sources.contract import Contract
 
 Connection = psycopg.Connection[Any]
 
@@ -257,24 +258,10 @@ def recent_questions(connection: Connection, contracts: Iterable[Contract]) -> l
             [QUESTIONS],
         )
     ]
-    golden = {
-        contract.golden.question_source or contract.name: contract.golden.question
-        for contract in contracts
-        if contract.golden is not None
-    }
-    for source, column in golden.items():
-        if len(asked) < QUESTIONS and connection.execute(
-            "select to_regclass(%s) is not null", [f"raw.{source}"]
-        ).fetchone() == (True,):
-            asked += [
-                row[0]
-                for row in connection.execute(
-                    sql.SQL(
-                        "select distinct {0}::text from {1} where {0}::text ~ '\\S' order by 1 limit %s"
-                    ).format(sql.Identifier(column), sql.Identifier("raw", source)),
-                    [QUESTIONS - len(asked)],
-                )
-            ]
+    for contract in contracts:
+        if contract.golden is not None and len(asked) < QUESTIONS:
+            golden = {question for question in golden_questions(connection, contract) if question.strip()}
+            asked += sorted(golden - {*asked})[: QUESTIONS - len(asked)]
     return asked
 
 

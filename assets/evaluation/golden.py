@@ -119,6 +119,19 @@ def ranking(
     return best
 
 
+def golden_questions(conn: psycopg.Connection[Any], contract: Contract) -> list[str]:
+    """All questions of a golden source; none while it has not been landed."""
+    assert contract.golden is not None
+    source = contract.golden.question_source or contract.name
+    landed = conn.execute("select to_regclass(%s)", [f"raw.{source}"]).fetchone()
+    if landed is None or landed[0] is None:
+        return []
+    query = sql.SQL("select {0}::text from {1} where {0} is not null").format(
+        sql.Identifier(contract.golden.question), sql.Identifier("raw", source)
+    )
+    return [row[0] for row in conn.execute(query)]
+
+
 def read_golden(connection: Connection, contract: Contract, questions: Contract | None = None) -> Golden:
     """The golden set in ``raw.<name>``, as its contract's ``golden`` property maps it.
 

@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import pytest
 from psycopg.types.json import Jsonb
 
-from assets.datasets.assets import golden_questions
 from assets.documents.chunk import embedded_text
 from assets.documents.corpus import refresh_chunks, refresh_documents
 from assets.documents.parse import Parser
@@ -25,7 +24,7 @@ from assets.embeddings.registry import ReleaseError, drop
 from assets.embeddings.release import current_release
 from assets.evaluation import compare as comparing
 from assets.evaluation.compare import compare_releases, evaluate_golden, record_evaluation
-from assets.evaluation.golden import Unscored, read_golden
+from assets.evaluation.golden import Unscored, golden_questions, read_golden
 from assets.evaluation.retrieval import METRICS, evaluate
 from assets.evaluation.runs import search_function, search_run
 from assets.sources.contract import Column, Contract, CorpusMapping, GoldenMapping
