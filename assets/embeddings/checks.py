@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from assets.evaluation.compare import Difference
-from assets.sources.contract import Contract
+    from assets.sources.contract import Contract
 
 Connection = psycopg.Connection[Any]
 
