@@ -81,7 +81,11 @@ class Access:
 
     async def caller(self, request: Request, scope: str) -> Caller:
         """Who sent this request. Raises Refused: 401 unknown, 403 without ``scope``, 429 too often."""
-        caller = await self.holder_of(bearer(request) or header(request, b"x-api-key"))
+        return await self.holder_in(bearer(request) or header(request, b"x-api-key"), scope)
+
+    async def holder_in(self, key: str, scope: str) -> Caller:
+        """As ``holder_of``; also raises Refused with 403 where ``key`` lacks ``scope``."""
+        caller = await self.holder_of(key)
         if scope not in caller.scopes:
             raise forbidden(
                 f"The API key may not do this: it lacks scope {scope}", f"Use a key with scope {scope}"

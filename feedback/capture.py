@@ -20,7 +20,7 @@ from starlette.routing import Route
 from feedback import log, metrics, openapi, tokens
 from feedback.access import Caller, bearer
 from feedback.answers import BatchResult, Error, ErrorBody, ItemResult, error_of
-from feedback.http import answer, read_body, unreadable
+from feedback.http import answer, header, read_body, unreadable
 from feedback.ids import pseudonym, uuid7
 from feedback.payloads import (
     PayloadError,
@@ -149,7 +149,7 @@ async def accept(service: Service, caller: Caller, kind: Kind, items: Sequence[b
     writer = service.writers[kind.log]
     outcomes = iter(await writer.append([item.row for item in accepted], sum(map(len, items))))
     results = [_stored(item, next(outcomes)) if isinstance(item, Accepted) else item for item in prepared]
-    for status, count in Counter(result.status for result in results).items():
+    for status, count in Counter([result.status for result in results]).items():
         _items(kind.log.name, status).inc(count)
     return results
 
@@ -175,7 +175,7 @@ def _endpoint(service: Service, kind: Kind) -> Callable[[Request], Awaitable[Res
             caller = claims.caller
             sent = Kind(log.EVENTS, functools.partial(prepare_event, claims=claims))
         else:
-            caller = await service.access.caller(request, "ingest")
+            caller = await service.access.holder_in(token or header(request, b"x-api-key"), "ingest")
             sent = kind
         body = await read_body(request, gzip=True)
         try:

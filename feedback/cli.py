@@ -67,7 +67,7 @@ def serve(
     """Serve the HTTP API and the pages until interrupted."""
     from feedback.search import check_search
     from feedback.secret import ensure_secret
-    from feedback.server import PortTaken
+    from feedback.server import NotStarted, PortTaken
     from feedback.server import serve as run
 
     try:
@@ -87,7 +87,7 @@ def serve(
             search=check_search(search) if search else None,
             on_ready=lambda line: print(line, flush=True),
         )
-    except (PortTaken, ValueError) as error:
+    except (NotStarted, PortTaken, ValueError) as error:
         raise _stop(error) from error
 
 

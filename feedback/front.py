@@ -16,8 +16,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from feedback import metrics
-from feedback.http import HELD, Refused, Room, refusal
-from feedback.log import Unavailable
+from feedback.http import HELD, Refused, Room, fault, refusal
+from feedback.log import Unavailable, logger
 
 Endpoint: TypeAlias = Callable[[Request], Awaitable[Response]]
 
@@ -63,7 +63,7 @@ class Front(FastAPI):
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["method"] in _WITHOUT_BODY:
-            await super().__call__(scope, receive, send)
+            await self._route(scope, receive, send)
             return
         endpoint = self.direct.get(scope["path"]) if scope["method"] == "POST" else None
         if endpoint is not None:
@@ -76,12 +76,19 @@ class Front(FastAPI):
             await refusal(error)(scope, receive, send)
             return
         try:
-            await super().__call__(scope, receive, send)
+            await self._route(scope, receive, send)
         finally:
             held.leave()
 
+    async def _route(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        except Exception:
+            # Answered already, if nothing of an answer was sent: the connection need not end with it.
+            logger.exception("%s failed", scope["path"])
+
     async def answer(self, endpoint: Endpoint, scope: Scope, receive: Receive) -> Response:
-        """What one of the ``direct`` routes answers to a request, whichever interface of the server it came through."""
+        """What one of the ``direct`` routes answers to a request, whichever way it came."""
         try:
             held = scope[HELD] = self._room.enter()
         except Refused as error:
@@ -91,6 +98,9 @@ class Front(FastAPI):
             response = await endpoint(Request(scope, receive))
         except (Refused, Unavailable) as error:
             response = refusal(error)
+        except Exception:
+            logger.exception("%s failed", scope["path"])
+            response = fault()
         finally:
             held.leave()
         _requests(response.status_code).observe(time.perf_counter() - began)

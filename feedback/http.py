@@ -116,6 +116,8 @@ class Held:
 
 
 HELD = "datamoat.held"
+# In a request's scope: its body, if all of it is there already.
+WHOLE_BODY = "datamoat.whole_body"
 
 
 class Answer(Response):
@@ -155,13 +157,14 @@ async def read_body(
     """
     headers = dict(request.scope["headers"])
     _check_type(headers, types)
-    unpack = zlib.decompressobj(wbits=31) if _packed(headers, gzip) else None
+    taken = _Taken(most, _packed(headers, gzip), request.scope.get(HELD))
+    whole: bytes | None = request.scope.get(WHOLE_BODY)
+    if whole is not None:
+        taken.add(whole)
+        return taken.body()
     declared = headers.get(b"content-length", b"")
     if declared.isdigit() and int(declared) > most:
         raise too_large(most)
-    held: Held | None = request.scope.get(HELD)
-    body = bytearray()
-    arrived = 0
     more = True
     deadline = _Deadline(BODY_SECONDS)
     try:
@@ -170,29 +173,47 @@ async def read_body(
             if message["type"] == "http.disconnect":
                 raise Refused(400, Error("incomplete_body", "The client went away while sending"))
             more = message.get("more_body", False)
-            part = message.get("body", b"")
-            arrived += len(part)
-            if unpack is not None:
-                # One byte more than is allowed is all that a bomb gets unpacked.
-                part = unpack.decompress(part, most + 1 - len(body))
-            if held is not None:
-                held.take(len(part))
-            body += part
-            if max(arrived, len(body)) > most:
-                raise too_large(most)
+            taken.add(message.get("body", b""))
     except asyncio.CancelledError:
         if deadline.passed():
             raise _too_slow() from None
         raise
-    except zlib.error as error:
-        raise Refused(400, Error("malformed_gzip", f"The body is not gzip: {error}")) from None
     finally:
         deadline.lift()
-    if unpack is not None and (not unpack.eof or unpack.unused_data):
-        raise Refused(
-            400, Error("malformed_gzip", "The gzip body is cut short, or there is something behind its end")
-        )
-    return bytes(body)
+    return taken.body()
+
+
+class _Taken:
+    """What of a body has arrived, unpacked if it is ``packed``, within ``most`` bytes and the room that is ``held``."""
+
+    def __init__(self, most: int, packed: bool, held: Held | None) -> None:
+        self._most = most
+        self._unpack = zlib.decompressobj(wbits=31) if packed else None
+        self._held = held
+        self._arrived = 0
+        self._body = bytearray()
+
+    def add(self, part: bytes) -> None:
+        self._arrived += len(part)
+        if self._unpack is not None:
+            try:
+                # One byte more than is allowed is all that a bomb gets unpacked.
+                part = self._unpack.decompress(part, self._most + 1 - len(self._body))
+            except zlib.error as error:
+                raise Refused(400, Error("malformed_gzip", f"The body is not gzip: {error}")) from None
+        if self._held is not None:
+            self._held.take(len(part))
+        self._body += part
+        if max(self._arrived, len(self._body)) > self._most:
+            raise too_large(self._most)
+
+    def body(self) -> bytes:
+        if self._unpack is not None and (not self._unpack.eof or self._unpack.unused_data):
+            raise Refused(
+                400,
+                Error("malformed_gzip", "The gzip body is cut short, or there is something behind its end"),
+            )
+        return bytes(self._body)
 
 
 class _Deadline:
@@ -308,11 +329,15 @@ async def _answer_invalid(_: Request, error: Exception) -> Response:
     return answer(422, content)
 
 
-async def _answer_fault(_: Request, __: Exception) -> Response:
-    """A fault of ours; what it was is in the service's log and not in the answer."""
+def fault() -> Response:
+    """The answer to a fault of ours; what it was is in the service's log alone."""
     return answer(
         500, ErrorBody(Error("fault", "The service failed", remedy="An operator finds the cause in its log"))
     )
+
+
+async def _answer_fault(_: Request, __: Exception) -> Response:
+    return fault()
 
 
 async def _answer_http_error(_: Request, error: Exception) -> Response:

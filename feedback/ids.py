@@ -4,7 +4,6 @@ Belongs here: minting ids and turning a raw person id into its pseudonym.
 Does not belong here: API keys (``feedback.keys``) or any storage of ids.
 """
 
-import hashlib
 import hmac
 import secrets
 import time
@@ -25,4 +24,4 @@ def uuid7(unix_ms: int | None = None) -> UUID:
 def pseudonym(key: bytes, app: str, person_id: str) -> str:
     """32 hex characters that stand for one person within one app; without ``key`` they cannot be guessed back."""
     message = app.encode() + b"\0" + person_id.encode()
-    return hmac.new(key, message, hashlib.sha256).hexdigest()[:32]
+    return hmac.digest(key, message, "sha256").hex()[:32]

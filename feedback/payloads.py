@@ -401,13 +401,15 @@ def _in_utc(moment: datetime | None) -> datetime | None:
 
 
 def _check_json_size(field: str, value: Any) -> None:
+    if value is None:
+        return
     if _deeper_than(value, MAX_DEPTH):
         raise PayloadError(
             f"{field} is nested more than {MAX_DEPTH} levels deep",
             field=field,
             remedy="Flatten it: whoever reads it back must be able to",
         )
-    if value is not None and len(msgspec.json.encode(value)) > MAX_JSON_BYTES:
+    if len(msgspec.json.encode(value)) > MAX_JSON_BYTES:
         raise PayloadError(
             f"{field} is larger than {MAX_JSON_BYTES} bytes of JSON",
             field=field,

@@ -1,4 +1,4 @@
-"""The process that serves the app: Granian workers, one line when ready, a clean end.
+"""The process that serves the app: Uvicorn workers under its supervisor, one line when ready, a clean end.
 
 Belongs here: ports, workers, signals. Does not belong here: routes or the database.
 """
@@ -15,40 +15,44 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from http.client import HTTPConnection, HTTPException
-from typing import Any
 
-from granian.constants import HTTPModes, Interfaces
-from granian.http import HTTP1Settings
-from granian.log import LogLevels
-from granian.server import Server
+from uvicorn.config import STARTUP_FAILURE, Config
+from uvicorn.supervisors.multiprocess import Multiprocess
 
 from feedback import metrics
 from feedback.app import create_app
-from feedback.rsgi import Rsgi
+from feedback.front import Front
+from feedback.protocol import Protocol
 
 DRAIN_SECONDS = 30
-# For the head of a request, and for an idle connection between two; longer than proxies keep theirs, so that they
-# end it and not we, while a request is on its way.
-HEADER_SECONDS = 65
 GC_ALLOCATIONS = 50_000
 # Per worker; idle ones cost little, and a limit near the usual 1024 would let idle ones keep others out.
 MAX_CONNECTIONS = 8192
 READY_SECONDS = 60.0
+# A worker that does not get to answer its supervisor for so long hangs, and is replaced.
+HUNG_SECONDS = 30
 
 # Standard output is for the one line that says where the service listens.
 _TO_STDERR = {"class": "logging.StreamHandler", "stream": "ext://sys.stderr", "formatter": "line"}
 _LOGGING = {
+    "version": 1,
+    "disable_existing_loggers": False,
     "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
     "handlers": {"console": _TO_STDERR},
     "loggers": {
-        name: {"handlers": ["console"], "level": "WARNING", "propagate": False}
-        for name in ("_granian", "feedback")
+        name: {"handlers": ["console"], "level": level, "propagate": False}
+        # What clients get wrong is answered, not logged: they would fill the disk.
+        for name, level in (("uvicorn", "ERROR"), ("feedback", "WARNING"))
     },
 }
 
 
 class PortTaken(OSError):
     """Something listens on the wanted port already."""
+
+
+class NotStarted(RuntimeError):
+    """The app could not start in a worker; starting it again would fail the same way."""
 
 
 def serve(
@@ -65,36 +69,56 @@ def serve(
     """Serve until SIGTERM or SIGINT; requests in flight are answered first. Blocks.
 
     ``allowed_origins`` and ``search`` as for ``create_app``. ``on_ready`` is called once, with a line naming the
-    address, when the first request was answered. Raises PortTaken if the port is in use.
+    address, when the first request was answered. Raises PortTaken if the port is in use, NotStarted if the app cannot
+    start; why is in the log.
     """
-    _check_port(host, port)
-    # Workers are fresh interpreters on every platform: nothing of this process leaks into them, threads included.
-    multiprocessing.set_start_method("spawn", force=True)
-    server = Server(
-        "feedback.app:create_app",
-        address=host,
-        port=port,
-        interface=Interfaces.RSGI,
+    listening = _listen(host, port)
+    config = Config(
+        functools.partial(_load, database_url, pseudonym_key, allowed_origins, search),
+        factory=True,
+        interface="asgi3",
+        lifespan="on",
+        http=Protocol,
+        ws="none",
+        loop="uvloop",
         workers=workers,
-        websockets=False,
-        http=HTTPModes.http1,
-        http1_settings=HTTP1Settings(header_read_timeout=HEADER_SECONDS * 1000),
         backlog=MAX_CONNECTIONS,
-        backpressure=MAX_CONNECTIONS,
-        log_level=LogLevels.warning,
-        log_dictconfig=_LOGGING,
-        workers_kill_timeout=DRAIN_SECONDS,
-        respawn_failed_workers=True,
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=DRAIN_SECONDS,
+        timeout_worker_healthcheck=HUNG_SECONDS,
+        log_config=_LOGGING,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
     )
-    server.on_startup(functools.partial(_announce_in_background, host, port, on_ready))
+    threading.Thread(target=_announce, args=(*listening.getsockname()[:2], on_ready), daemon=True).start()
     with metrics.share_between_workers() if workers > 1 else contextlib.nullcontext():
-        server.serve(
-            target_loader=functools.partial(_load, database_url, pseudonym_key, allowed_origins, search),
-            wrap_loader=False,
-        )
+        # Workers are fresh interpreters on every platform: nothing of this process leaks into them, threads included.
+        supervisor = Multiprocess(config, [listening])
+        supervisor.run()
+    if any(worker.exitcode == STARTUP_FAILURE for worker in supervisor.processes):
+        raise NotStarted("the service cannot start; the lines above say why")
 
 
-def _load(database_url: str, pseudonym_key: bytes, allowed_origins: Sequence[str], search: str | None) -> Any:
+def _listen(host: str, port: int) -> socket.socket:
+    """The socket that all workers take connections from. It stays open while one of them is replaced."""
+    listening = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+        listening.listen(MAX_CONNECTIONS)
+    except OSError as error:
+        listening.close()
+        raise PortTaken(
+            f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it, or choose another --port"
+        ) from error
+    listening.set_inheritable(True)
+    return listening
+
+
+def _load(
+    database_url: str, pseudonym_key: bytes, allowed_origins: Sequence[str], search: str | None
+) -> Front:
     """Runs in each worker."""
     parent = multiprocessing.parent_process()
     if parent is not None:
@@ -106,7 +130,7 @@ def _load(database_url: str, pseudonym_key: bytes, allowed_origins: Sequence[str
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_ALLOCATIONS)
-    return Rsgi(app)
+    return app
 
 
 def _end_with(sentinel: int) -> None:
@@ -115,24 +139,8 @@ def _end_with(sentinel: int) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _check_port(host: str, port: int) -> None:
-    # Granian shares its port among workers, so a second service would silently take half of the first one's requests.
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise PortTaken(
-                f"cannot listen on {host}:{port} ({error.strerror}); stop what uses it, or choose another --port"
-            ) from error
-
-
-def _announce_in_background(host: str, port: int, on_ready: Callable[[str], None]) -> None:
-    threading.Thread(target=_announce, args=(host, port, on_ready), daemon=True).start()
-
-
 def _announce(host: str, port: int, on_ready: Callable[[str], None]) -> None:
+    """Say so when the service answers."""
     reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     deadline = time.monotonic() + READY_SECONDS
     while time.monotonic() < deadline:

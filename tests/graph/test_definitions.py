@@ -31,7 +31,7 @@ HEAVY = (
     "pandas",
     "ir_measures",
     "scipy",
-    "granian",
+    "uvicorn",
     "fastapi",
     "alembic",
     "sqlalchemy.dialects.postgresql.psycopg",
