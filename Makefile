@@ -47,7 +47,7 @@ dev: .venv/.run  ## Open Dagster UI, daemon and feedback service until Ctrl-C.
 	@$(BIN)/moat dev
 
 test: .venv/.dev  ## Run all tests, two files at a time.
-	@$(BIN)/pytest --numprocesses 2 --dist loadfile
+	@$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: lint types imports sql test  ## Everything CI runs: lint, format, types, import rules, SQL, tests.
 
