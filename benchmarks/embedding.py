@@ -148,12 +148,12 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def contenders(model: Model, onnx: Path, gguf: Path) -> list[Contender]:
-    """Ours and every peer at each setting that could be its best."""
-    st, folder, bf16 = "sentence_transformers", {"model": str(model.folder)}, fast_precision() == "bf16"
+def contenders(model: Model, onnx: Path, gguf: Path, precision: str) -> list[Contender]:
+    """Ours and every peer at each setting that could be its best where products are of ``precision``."""
+    st, folder, bf16 = "sentence_transformers", {"model": str(model.folder)}, precision == "bf16"
     one_thread = {"OMP_NUM_THREADS": "1"}
     found = [
-        Contender(OURS, "", "datamoat", folder),
+        Contender(OURS, "", "datamoat", folder | {"precision": precision}),
         Contender(DEFAULT, "torch", st, folder),
         Contender("sentence-transformers torch f32 b8", "torch", st, folder | {"batch": 8}),
         Contender("sentence-transformers onnx b8", "onnx", st, folder | {"backend": "onnx", "batch": 8}),
@@ -163,7 +163,7 @@ def contenders(model: Model, onnx: Path, gguf: Path) -> list[Contender]:
                 f"sentence-transformers openvino b{batch}",
                 "openvino",
                 st,
-                folder | {"backend": "openvino", "batch": batch},
+                folder | {"backend": "openvino", "batch": batch, "precision": precision},
             )
             for batch in (4, 8, 32)
         ),
@@ -204,19 +204,21 @@ def contenders(model: Model, onnx: Path, gguf: Path) -> list[Contender]:
     return found
 
 
-def base_contenders(model: Path) -> list[Contender]:
+def base_contenders(model: Path, precision: str) -> list[Contender]:
     """Ours and the peers that come closest, for a model of another size."""
-    st, folder = "sentence_transformers", {"model": str(model)}
+    st, folder, bf16 = "sentence_transformers", {"model": str(model)}, precision == "bf16"
     return [
-        Contender(OURS, "", "datamoat", folder),
+        Contender(OURS, "", "datamoat", folder | {"precision": precision}),
         Contender(DEFAULT, "torch", st, folder),
-        Contender("sentence-transformers torch bf16 b8", "torch", st, folder | {"batch": 8, "bf16": True}),
+        Contender(
+            f"sentence-transformers torch {precision} b8", "torch", st, folder | {"batch": 8, "bf16": bf16}
+        ),
         *(
             Contender(
                 f"sentence-transformers openvino b{batch}",
                 "openvino",
                 st,
-                folder | {"backend": "openvino", "batch": batch},
+                folder | {"backend": "openvino", "batch": batch, "precision": precision},
             )
             for batch in (4, 8)
         ),
@@ -295,12 +297,12 @@ def gemm_rate(model: Model, precision: str, streams: int) -> float:
     return streams * 2 * 2 * GEMM_ROWS * model.hidden * inner * GEMM_LAYERS / min(seconds)
 
 
-def runners(model: Path, sample: list[str], rounds: int, folder: Path) -> dict[str, float]:
+def runners(model: Path, precision: str, sample: list[str], rounds: int, folder: Path) -> dict[str, float]:
     """Tokens a second of the job from file to file, and through Ray, each as a share of the same texts in memory."""
     source = folder / "texts.parquet"
     hashes = [f"{number:064x}" for number in range(len(sample))]
     pq.write_table(pa.table({"content_hash": hashes, "text": sample}), source)
-    embedder = Embedder.open(model)
+    embedder = Embedder.open(model, precision=precision)
     embedder.encode(sample[:50], as_query=False)
     tokens = int(embedder.tokeniser.tokenise(sample).tokens.lengths.sum())
     rates: dict[str, list[float]] = {"memory": [], "file": [], "ray": []}
@@ -314,6 +316,7 @@ def runners(model: Path, sample: list[str], rounds: int, folder: Path) -> dict[s
                 "input": source,
                 "output": folder / f"{name}{number}",
                 "model": model,
+                "precision": precision,
                 "runner": runner,
                 "shard-size": len(sample) // 4,
                 "summary": summary,
@@ -466,6 +469,12 @@ def main() -> None:
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="measure only contenders whose name has this in it"
     )
+    parser.add_argument(
+        "--precision",
+        choices=("bf16", "f32"),
+        default=fast_precision(),
+        help="of matrix products; f32 is what a CPU without bf16 has, for us and for peers (%(default)s)",
+    )
     parser.add_argument("--verbose", action="store_true", help="show what the peers print")
     parser.add_argument(
         "--index", action="store_true", help="see python -m benchmarks.embedding --index --help"
@@ -485,9 +494,9 @@ def _figures(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     lengths = Embedder(model).tokeniser.tokenise(sample).tokens.lengths
     pythons = environments(options.peers, [path.stem for path in sorted(REQUIREMENTS.glob("*.txt"))])
     onnx, gguf = exported(options.peers, pythons, model)
-    precision, streams = fast_precision(), physical_cores()
+    precision, streams = options.precision, physical_cores()
     gemm = [gemm_rate(model, precision, streams)]
-    wanted = [one for one in contenders(model, onnx, gguf) if _chosen(one, options.only)]
+    wanted = [one for one in contenders(model, onnx, gguf, precision) if _chosen(one, options.only)]
     found = measure(wanted, pythons, sample, options.rounds, folder)
     gemm.append(gemm_rate(model, precision, streams))
     show(found, len(sample), int(lengths.sum()))
@@ -497,11 +506,11 @@ def _figures(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
     padded = _padding(model, sample)
     say("\nthe job from file to file, and through Ray")
-    shares = runners(model.folder, texts(4 * options.texts), options.rounds, folder)
+    shares = runners(model.folder, precision, texts(4 * options.texts), options.rounds, folder)
     say("\na model of BGE-base's shape")
     base = base_folder(options.peers / "base", model.folder)
     base_sample = texts(max(20, options.texts // 10))
-    wanted = [one for one in base_contenders(base) if _chosen(one, options.only)]
+    wanted = [one for one in base_contenders(base, precision) if _chosen(one, options.only)]
     of_base = measure(wanted, pythons, base_sample, options.rounds, folder)
     show(of_base, len(base_sample), int(lengths[: len(base_sample)].sum()))
     return {

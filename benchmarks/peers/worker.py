@@ -34,9 +34,14 @@ def datamoat(model: str, precision: str | None = None) -> Encode:
 
 
 def sentence_transformers(
-    model: str, batch: int = 32, bf16: bool = False, backend: str = "torch", pool: int = 0
+    model: str,
+    batch: int = 32,
+    bf16: bool = False,
+    backend: str = "torch",
+    pool: int = 0,
+    precision: str | None = None,
 ) -> Encode:
-    """`SentenceTransformer.encode`; `pool` processes."""
+    """`SentenceTransformer.encode`; `pool` processes. `precision` is OpenVINO's; left out, it chooses."""
     from sentence_transformers import SentenceTransformer
 
     arguments: dict[str, Any] = {}
@@ -44,6 +49,8 @@ def sentence_transformers(
         import torch
 
         arguments = {"model_kwargs": {"dtype": torch.bfloat16}}
+    if precision is not None:
+        arguments = {"model_kwargs": {"ov_config": {"INFERENCE_PRECISION_HINT": precision}}}
     arguments |= {"backend": backend, "device": "cpu", "local_files_only": True}
     opened: Any = SentenceTransformer(model, **arguments)
     if pool:
