@@ -53,6 +53,8 @@ Whatever the code, finished shards stay, and running the same command again embe
 was killed at any moment continues with the same result, byte for byte, on the same machine.
 
 A text that failed is parked: tried again after 1 hour, then 4, 16 and so on, up to 30 days; --retry-failed tries all.
+A text that ends the whole process (a crash, the kernel when memory is short) ends one run; the next one makes what was
+in the making with the model in a process of its own, so that the text is found and fails alone.
 
 A ceiling holds for the work, not for one attempt at it: what earlier attempts spent counts. The run stops before a
 shard that would not be finished below the ceiling, so nothing is paid for and thrown away; a higher one continues.

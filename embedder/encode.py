@@ -48,6 +48,10 @@ class Engine(Protocol):
         """
 
 
+class EngineBroken(EmbedderError):
+    """The engine computes nothing any more, so that nothing it refused is known to be at fault."""
+
+
 @dataclass(frozen=True)
 class Encoded:
     """Vectors of a list of token rows."""
@@ -134,10 +138,11 @@ class Embedder:
         Equal rows are computed once. `on_batch(real tokens)` is called on this thread after each batch, every
         row counted once; what it raises stops the encoding. A batch that fails is split until the failing
         rows stand alone; they become errors. Where memory runs out, the engine's budget is halved and kept low.
+        Raises EngineBroken when the engine refuses a text that it is known to take as well.
         """
         first, copies = _distinct(tokens)
         distinct = tokens if len(first) == len(copies) else tokens.take(first)
-        encoding = _Encoding(self.engine, distinct, self.model.dimensions, on_batch)
+        encoding = _Encoding(self.engine, distinct, self.model.dimensions, on_batch, self._prove)
         encoding.run()
         vectors, errors = encoding.vectors, encoding.errors
         if distinct is not tokens:
@@ -196,9 +201,19 @@ class Embedder:
             )
         return engine
 
+    def _prove(self) -> None:
+        known = self.tokeniser.tokenise(canary.TEXTS[:1]).tokens
+        try:
+            self.engine.encode([known], lambda _number, _vectors: None)
+        except (RuntimeError, MemoryError) as error:
+            raise EngineBroken(
+                f"the engine computes nothing any more, also of a text it is known to take ({error}); nothing wrong was "
+                "written; look for what broke it (a driver, a GPU), then run the same command again"
+            ) from error
+
     def _canary_vectors(self, engine: Engine) -> Floats:
         tokens = self.tokeniser.tokenise(canary.TEXTS).tokens
-        encoding = _Encoding(engine, tokens, self.model.dimensions, lambda _tokens: None)
+        encoding = _Encoding(engine, tokens, self.model.dimensions, lambda _tokens: None, lambda: None)
         encoding.run()
         for row, error in encoding.errors.items():
             self._say(f"canary text {row}: {error}")
@@ -210,11 +225,18 @@ class _Encoding:
     """One list of token rows on its way through an engine."""
 
     def __init__(
-        self, engine: Engine, tokens: Tokens, dimensions: int, on_batch: Callable[[int], None]
+        self,
+        engine: Engine,
+        tokens: Tokens,
+        dimensions: int,
+        on_batch: Callable[[int], None],
+        prove: Callable[[], None],
     ) -> None:
+        """`prove` is called after a row was refused, and raises when that was not the row's fault."""
         self._engine = engine
         self._tokens = tokens
         self._on_batch = on_batch
+        self._prove = prove
         self.vectors: Floats = np.zeros((len(tokens.lengths), dimensions), np.float32)
         self.errors: dict[int, str] = {}
         self.padded_tokens = 0
@@ -232,6 +254,7 @@ class _Encoding:
             if len(suspect) == 1:
                 taken, failure = self._stream([suspect])
                 if failure is not None:
+                    self._prove()
                     row = int(suspect[0])
                     self.errors[row] = f"the engine refused the text: {failure}".splitlines()[0]
                     self._on_batch(int(self._tokens.lengths[row]))

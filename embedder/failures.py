@@ -26,6 +26,9 @@ from embedder.shards import write_table
 FIRST_WAIT = timedelta(hours=1)
 LONGEST_WAIT = timedelta(days=30)
 
+ENDED_PROCESS = "it ended the process it was in"
+"""Words in the error of a text that raised nothing but ended everything: it is only tried again apart from others."""
+
 SCHEMA = pa.schema(
     [
         pa.field(protocol.CONTENT_HASH, pa.string(), nullable=False),
@@ -80,8 +83,13 @@ def read(
 
 
 def parked(known: Mapping[str, Failure], now: datetime) -> set[str]:
-    """The keys that are not due yet."""
-    return {key for key, failure in known.items() if failure.next_attempt_at > now}
+    """The keys that are not due yet. A time beyond the longest wait was set by a clock that was wrong, and counts not."""
+    return {key for key, failure in known.items() if now < failure.next_attempt_at <= now + LONGEST_WAIT}
+
+
+def deadly(known: Mapping[str, Failure]) -> set[str]:
+    """The keys whose text ended the process it was in."""
+    return {key for key, failure in known.items() if ENDED_PROCESS in failure.error}
 
 
 def updated(

@@ -7,6 +7,8 @@ Three steps, with the output folder locked around them (`shards.locked`):
     summary = finish(work, results, ledger)                      failures, record, figures
 
 `run` is the runner for one machine: it tokenises the next shard and writes the one before while one is encoded.
+Shards that were in the making when an earlier run died come last, the model in a process of its own: a text that
+ends that process is a failure like any other.
 
 Belongs here: the steps, their order, counting, progress, stopping.
 Does not belong here: making one shard (see `stage`), the command line, Dagster, the output folder's files, money.
@@ -16,21 +18,27 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from embedder import failures, shards, texts
 from embedder.budget import Estimate, Ledger, Limits, OverBudget
-from embedder.encode import Embedder
+from embedder.encode import Embedder, EngineBroken
 from embedder.failures import Failure
 from embedder.model import Model, open_model
 from embedder.protocol import EmbedderError
 from embedder.shards import Plan, Shard
 from embedder.stage import Computed, Prepared, Settings, ShardResult, ShardStage
+from embedder.tokenise_pool import TokeniserDied
+
+Begin = Callable[[str, list[str]], None]
+"""Marks a shard as begun: its name, the keys of its texts."""
 
 DONE, ESTIMATED, INTERRUPTED, OVER_BUDGET = "done", "estimated", "interrupted", "over budget"
 
@@ -68,6 +76,8 @@ class Work:
     """Every failure of the folder."""
     tried: frozenset[str]
     """Keys of `known` that are in this input and not parked."""
+    left: dict[Path, frozenset[str]]
+    """What remains of the marks of dead runs once this work is done: keys of other inputs."""
 
     @property
     def missing(self) -> list[Shard]:
@@ -205,12 +215,16 @@ def plan(
     fingerprint = model.fingerprint()
     keys = texts.read_keys(input_file)
     known = failures.read(output, fingerprint, say)
+    marked = shards.marks(output)
+    suspects = frozenset().union(*marked.values())
+    left = {path: of_it - shards.among(keys, of_it) for path, of_it in marked.items()}
     decided = shards.make_plan(
         output,
         fingerprint,
         keys,
         now=now or datetime.now(UTC),
         parked=lambda at: () if retry_failed else failures.parked(known, at),
+        suspects=suspects | failures.deadly(known),
         shard_size=shard_size or shards.SHARD_SIZES[settings.device_for(model)],
         policy=f"{settings.too_long} {retry_failed}",
         say=say,
@@ -218,12 +232,12 @@ def plan(
     tried = shards.among(keys, set(known) - decided.parked)
     conflicting = texts.count_conflicts(input_file, keys) if decided.distinct < len(keys) else 0
     return Work(
-        input_file, output, model.release(), fingerprint, len(keys), conflicting, decided, known, tried
+        input_file, output, model.release(), fingerprint, len(keys), conflicting, decided, known, tried, left
     )
 
 
 def finish(work: Work, results: Sequence[ShardResult], ledger: Ledger) -> Summary:
-    """End a work whose missing shards are all made: write the failures, forget the plan. Needs the lock."""
+    """End a work whose missing shards are all made: write the failures, forget plan and marks. Needs the lock."""
     failed = {
         key: error
         for shard in work.plan.shards
@@ -234,7 +248,8 @@ def finish(work: Work, results: Sequence[ShardResult], ledger: Ledger) -> Summar
         failed |= result.failures
     after = failures.updated(work.known, work.tried, failed, work.plan.planned_at)
     failures.write(work.output, work.fingerprint, after)
-    shards.end_plan(work.output)
+    shards.end_plan(work.output, work.plan)
+    shards.settle(work.left)
     ledger.close()
     summary = summarise(work, results, ledger)
     summary.failed = len(failed)
@@ -347,12 +362,17 @@ def run(
 
 
 class Runner:
-    """Makes the missing shards on this machine. Three threads, each a shard apart, so at most three in memory."""
+    """Makes the missing shards on this machine. Three threads, each a shard apart, so at most three in memory.
+
+    Those threads mark what they begin, so that after a run that died the next one knows what to suspect.
+    """
 
     def __init__(
         self, work: Work, stage: ShardStage, ledger: Ledger, watcher: Watcher, stop: threading.Event
     ) -> None:
-        self._shards = work.missing
+        self._shards, self._output = work.missing, work.output
+        self._suspect = [shard for shard in self._shards if shard.shard_id in work.plan.suspect]
+        self._trusted = [shard for shard in self._shards if shard.shard_id not in work.plan.suspect]
         self._stage, self._ledger, self._watcher, self._stop = stage, ledger, watcher, stop
         self._total_rows = sum(len(shard.rows) for shard in self._shards)
         self._estimate: Estimate | None = None
@@ -364,44 +384,93 @@ class Runner:
         if not self._shards:
             return
         self._check()
-        mean = self._stage.sample(self._shards)
+        with self._marked() as begin:
+            if self._trusted:
+                mean = self._stage.sample(self._trusted, partial(begin, "sample"))
+            else:
+                with closing(self._stage.isolated()) as stage:
+                    mean = stage.sample(self._suspect)
         self._estimate = self._ledger.estimate(self._total_rows, round(mean * self._total_rows))
         self._watcher.estimated(self._estimate)
 
     def run(self) -> None:
         """Fill `results`. Raises _Interrupted or OverBudget; `results` are then those of the finished shards."""
-        if not self._shards:
-            return
+        meter = _Meter(len(self._shards), self._total_rows)
+        if self._trusted:
+            with self._marked() as begin:
+                self._make(self._stage, self._trusted, meter, begin)
+        if self._suspect:
+            self._watcher.say(
+                f"{len(self._suspect)} shards may hold a text that ends the process it is in (they were in the making "
+                "when one ended, or such a text is tried again): made with the model in a process of its own"
+            )
+            with closing(self._stage.isolated()) as stage:
+                self._make(stage, self._suspect, meter)
+
+    def _make(
+        self, stage: ShardStage, wanted: Sequence[Shard], meter: _Meter, begin: Begin = lambda *_: None
+    ) -> None:
+        def prepare(shard: Shard) -> Prepared | TokeniserDied:
+            try:
+                return stage.prepare(shard, partial(begin, shard.shard_id))
+            except TokeniserDied as error:
+                return error
+
         writing: Future[ShardResult] | None = None
         with ThreadPoolExecutor(1, "tokenise") as ahead, ThreadPoolExecutor(1, "write") as behind:
-            tokenising = ahead.submit(self._stage.prepare, self._shards[0])
+            tokenising = ahead.submit(prepare, wanted[0])
             try:
                 self._check()
                 self._ledger.check()
-                self._stage.open()
-                self._ledger.start_embedding()
-                meter = _Meter(len(self._shards), self._total_rows)
-                for number in range(len(self._shards)):
+                stage.open()
+                if not self._ledger.embedding_seconds:
+                    self._ledger.start_embedding()
+                for number, shard in enumerate(wanted):
                     since = time.perf_counter()
-                    prepared = self._result(tokenising)
+                    prepared = tokenising.result()
                     self._waited += time.perf_counter() - since
-                    if number + 1 < len(self._shards):
-                        tokenising = ahead.submit(self._stage.prepare, self._shards[number + 1])
-                    computed = self._encode(prepared, meter)
+                    if number + 1 < len(wanted):
+                        tokenising = ahead.submit(prepare, wanted[number + 1])
+                    if isinstance(prepared, TokeniserDied):
+                        self._check()  # a signal to the whole group ends the tokeniser's processes too
+                        self._watcher.say(str(prepared))
+                        self._suspect.append(shard)
+                        continue
+                    try:
+                        computed = self._encode(stage, prepared, meter)
+                    except EngineBroken as error:
+                        if stage is not self._stage:
+                            raise
+                        self._watcher.say(str(error))
+                        self._suspect.extend(wanted[number:])
+                        break
                     if writing is not None:
                         done, writing = writing, None
                         self.results.append(done.result())
-                    writing = behind.submit(self._write, computed)
+                    writing = behind.submit(self._write, stage, computed)
             finally:
                 if writing is not None:
                     self.results.append(writing.result())
 
-    def _result(self, tokenising: Future[Prepared]) -> Prepared:
+    @contextmanager
+    def _marked(self) -> Iterator[Begin]:
+        """What marks something as begun, see `shards.begin`. An end that was foreseen takes the marks away."""
+        begun: set[str] = set()
+
+        def begin(name: str, keys: list[str]) -> None:
+            begun.add(name)
+            shards.begin(self._output, name, keys)
+
+        def forget() -> None:
+            for name in begun:
+                shards.ended(self._output, name)
+
         try:
-            return tokenising.result()
-        except EmbedderError:
-            self._check()  # a signal to the whole group ends the tokeniser's processes too
+            yield begin
+        except (EmbedderError, OverBudget, _Interrupted, KeyboardInterrupt):
+            forget()
             raise
+        forget()
 
     def complete(self, summary: Summary) -> Summary:
         """The summary with what only this runner knows."""
@@ -413,7 +482,7 @@ class Runner:
             summary.waiting_share = round(self._waited / self._ledger.embedding_seconds, 4)
         return summary
 
-    def _encode(self, prepared: Prepared, meter: _Meter) -> Computed:
+    def _encode(self, stage: ShardStage, prepared: Prepared, meter: _Meter) -> Computed:
         ledger, tokens = self._ledger, len(prepared.tokenised.tokens.ids)
         self._check()
         ledger.reserve(tokens)
@@ -426,7 +495,7 @@ class Runner:
                 self._check()
                 ledger.check()
 
-        computed = self._stage.encode(prepared, on_batch)
+        computed = stage.encode(prepared, on_batch)
         meter.end_shard(computed)
         self._measure(meter.total_tokens)
         return computed
@@ -438,8 +507,9 @@ class Runner:
         if first_rate and self._ledger.rate is not None:
             self._watcher.estimated(self._ledger.estimate(self._total_rows, total_tokens))
 
-    def _write(self, computed: Computed) -> ShardResult:
-        result = self._stage.write(computed)
+    def _write(self, stage: ShardStage, computed: Computed) -> ShardResult:
+        result = stage.write(computed)
+        shards.ended(self._output, result.shard_id)
         self._ledger.save()
         return result
 

@@ -2,8 +2,8 @@
 
 What travels is small: a shard's name and row numbers go to a worker, a shard's figures come back. The worker reads
 the rows and writes the shard itself, so every machine needs the input, the output folder and the model at the
-same paths. A worker that dies is replaced and its shards are made again; a shard that ends every worker it is
-given fails the job, once the others are made.
+same paths. A worker that dies is replaced and its shards are made again; those that ended two come last, the model
+in a process of its own beside the worker. A shard that ends its workers even so fails the job.
 
 Belongs here: the pipeline, its place on the cluster, what a dead worker means.
 Does not belong here: making a shard, the plan, the summary (see `job`).
@@ -29,13 +29,15 @@ import numpy as np
 import numpy.typing as npt
 
 from embedder.budget import Ledger
+from embedder.encode import EngineBroken
 from embedder.job import Progress, Runner, Watcher, Work, padding_share
 from embedder.machine import physical_cores
 from embedder.protocol import EmbedderError
 from embedder.shards import Shard
 from embedder.stage import Settings, ShardResult, ShardStage
+from embedder.tokenise_pool import TokeniserDied
 
-# A shard is begun so often before it is suspected, and so often alone before it is given up.
+# A shard is begun so often before it is suspected, and so often with an isolated model before it is given up.
 _ATTEMPTS = 2
 # With more suspects for each worker than that, it is not the shards.
 _SUSPECTS = 4
@@ -90,19 +92,19 @@ class RayRunner(Runner):
             missing = {shard.shard_id: shard for shard in self._shards}
             if self._estimate is not None:
                 self._reserve(list(missing.values()), places, self._estimate.tokens / self._total_rows)
-            # Two at a time keep a worker busy. But both fall with it, so what did not come back is then tried alone.
-            for at_a_time in (2, 1):
-                for result in self._made(ray, list(missing.values()), places, at_a_time):
+            for isolated in (False, True):
+                wanted = list(missing.values()) if isolated else self._trusted
+                for result in self._made(ray, wanted, places, isolated) if wanted else ():
                     del missing[result.shard_id]
                     self._take(result, list(missing.values()), places)
-                if not missing:
-                    return
-            raise _poison(list(missing.values()))
+            if missing:
+                raise _poison(list(missing.values()))
 
     def _made(
-        self, ray: Any, wanted: Sequence[Shard], places: Places, at_a_time: int
+        self, ray: Any, wanted: Sequence[Shard], places: Places, isolated: bool
     ) -> Iterator[ShardResult]:
         """The results as they come, less those of shards that ended their workers."""
+        at_a_time = 1 if isolated else 2  # two keep a worker busy, but both fall with it
         settings = replace(self._settings, device=places.device)
         attempts = ray.remote(Attempts).options(num_cpus=0).remote()
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -110,7 +112,7 @@ class RayRunner(Runner):
             [_packed(shard) for shard in wanted], override_num_blocks=len(wanted)
         ).map_batches(
             ShardWorker,
-            fn_constructor_args=(self._input_file, self._output, settings, places, attempts),
+            fn_constructor_args=(self._input_file, self._output, settings, places, attempts, isolated),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(
                 size=min(places.workers, len(wanted)),
@@ -218,7 +220,13 @@ class ShardWorker:
     """
 
     def __init__(
-        self, input_file: Path, output: Path, settings: Settings, places: Places, attempts: Any
+        self,
+        input_file: Path,
+        output: Path,
+        settings: Settings,
+        places: Places,
+        attempts: Any,
+        isolated: bool = False,
     ) -> None:
         import ray
 
@@ -232,6 +240,8 @@ class ShardWorker:
             self._broken = "workers end while they open the model; look for what ends them (memory, a driver)"
             return
         try:
+            if isolated:
+                self._stage = self._stage.isolated()
             self._stage.open()
         except EmbedderError as error:
             self._broken = str(error)
@@ -248,6 +258,10 @@ class ShardWorker:
             return {"result": [""], "error": [""]}
         try:
             result = self._make(shard)
+        except EngineBroken:
+            os._exit(1)  # Ray gives the shard another worker, with another engine
+        except TokeniserDied:
+            return {"result": [""], "error": [""]}
         except EmbedderError as error:
             return {"result": [""], "error": [str(error)]}
         return {"result": [json.dumps(asdict(result))], "error": [""]}

@@ -2,8 +2,11 @@
 
 A shard is up to `shard_size` keys, named by the hash of the fingerprint and those keys, so a file that exists
 under its name is finished. The shards of a run are fixed before the first is made and do not depend on how far
-an earlier attempt came: `plan.json` names the shards that were there when the work was planned, and while the
-same input is worked on again, only the keys in those count as already present. The file is removed at the end.
+an earlier attempt came: `plan.json` names, for each work begun and not ended, the shards that were there when it was
+planned, and while the same input is worked on again, only the keys in those count as already present.
+
+What is in the making has a mark, `.<name>.begun`, with its keys. A mark that a dead run has left makes its keys
+suspects: one of their texts may have ended the process.
 
 Belongs here: everything that touches the output folder.
 Does not belong here: reading texts, tokenising, encoding.
@@ -20,7 +23,7 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,11 @@ from embedder.protocol import EmbedderError
 
 SHARD_SIZES = {"cpu": 4096, "cuda": 65_536}
 """Device -> texts per shard: seconds of work each, which is what a killed run can lose."""
+
+KEPT = timedelta(days=30)
+"""So long a work may lie unfinished before what is known of it is forgotten."""
+
+_MARKS = ".*.begun"
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +74,8 @@ class Plan:
     """Distinct keys of the input that earlier runs had embedded."""
     parked: frozenset[str]
     """Keys of the input that are left out because they failed and are not due yet."""
+    suspect: frozenset[str] = frozenset()
+    """Shards with a text that may end the process it is in."""
 
     @property
     def missing(self) -> list[Shard]:
@@ -95,6 +105,10 @@ def locked(folder: Path, waiting: Callable[[], None] = lambda: None) -> Iterator
             except BlockingIOError:
                 waiting()
                 time.sleep(0.5)
+            except OSError as error:
+                raise EmbedderError(
+                    f"{folder} cannot be locked ({error.strerror}); name an --output folder on a file system with locks"
+                ) from error
             else:
                 break
         for path in folder.glob(".*.tmp"):
@@ -126,6 +140,7 @@ def make_plan(
     *,
     now: datetime,
     parked: Callable[[datetime], Collection[str]] = lambda _now: (),
+    suspects: Collection[str] = (),
     shard_size: int = SHARD_SIZES["cpu"],
     policy: str = "",
     say: Callable[[str], None] = lambda _line: None,
@@ -133,11 +148,11 @@ def make_plan(
     """Decide what is to be embedded, and record it in `plan.json`. Needs the lock.
 
     Keys in the folder's shards of this fingerprint are left out, and those that `parked` names at the time of the
-    decision. When `plan.json` is of this very work and the folder has since gained shards of this work and no
-    others, the earlier decision is kept, its time included: the result is then the same, byte for byte, as if the
-    work had never been interrupted. Otherwise everything present counts, so no key is embedded twice. `policy`
-    stands for further settings that make it another work. A shard file that cannot be read is renamed to
-    `*.unreadable` and said.
+    decision. When `plan.json` knows this very work, and the folder has since gained shards of this work and none
+    of others with a key of it, the earlier decision is kept, its time included: the result is then the same, byte
+    for byte, as if the work had never been interrupted. Otherwise everything present counts, so no key is embedded
+    twice. `policy` stands for further settings that make it another work; `suspects` are keys that make a shard
+    suspect and change nothing else. A shard file that cannot be read is renamed to `*.unreadable` and said.
     """
     distinct, rows = distinct_rows(keys)
     existing = _existing_keys(folder, fingerprint, say)
@@ -146,29 +161,69 @@ def make_plan(
     def plan_of(earlier: Collection[str], planned_at: datetime) -> Plan:
         done = _is_in(distinct, [existing[name] for name in earlier])
         left_out = _is_in(distinct, [pa.array(list(parked(planned_at)), pa.large_string())]) & ~done
-        shards = _cut(fingerprint, distinct, rows, ~(done | left_out), shard_size)
-        finished = frozenset(existing.keys() - earlier)
+        wanted = ~(done | left_out)
+        shards, suspect = _cut(fingerprint, distinct, rows, wanted, shard_size, frozenset(suspects))
+        finished = frozenset(existing.keys() - earlier) & {shard.shard_id for shard in shards}
         resting = frozenset(distinct.filter(pa.array(left_out)).to_pylist())
-        return Plan(work, planned_at, shards, finished, len(distinct), int(done.sum()), resting)
+        return Plan(work, planned_at, shards, finished, len(distinct), int(done.sum()), resting, suspect)
 
-    recorded = _planned_earlier(folder, work)
+    recorded = _plans(folder, now).get(work)
     if recorded is not None and recorded[0] <= existing.keys():
         plan = plan_of(*recorded)
-        if plan.finished and plan.finished <= {shard.shard_id for shard in plan.shards}:
+        foreign = existing.keys() - recorded[0] - plan.finished
+        if plan.finished and not _is_in(distinct, [existing[name] for name in foreign]).any():
             return plan
 
     plan = plan_of(existing.keys(), now)
-    if plan.shards:
-        decision = {"work": work, "earlier": sorted(existing), "planned_at": now.isoformat()}
-        write_bytes(folder / protocol.PLAN_FILE, json.dumps(decision).encode())
-    else:
-        end_plan(folder)
+    _record(folder, work, (set(existing), now) if plan.shards else None, now)
     return plan
 
 
-def end_plan(folder: Path) -> None:
+def end_plan(folder: Path, plan: Plan) -> None:
     """Forget the plan: all its shards are written."""
-    (folder / protocol.PLAN_FILE).unlink(missing_ok=True)
+    _record(folder, plan.work, None, plan.planned_at)
+
+
+def begin(folder: Path, name: str, keys: Sequence[str]) -> None:
+    """Mark something as being in the making. Not forced to disk: a power cut says nothing against a text."""
+    path = _mark(folder, name)
+    try:
+        path.write_text(json.dumps(keys), encoding="ascii")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def begun(folder: Path, name: str) -> bool:
+    """Whether the mark is there."""
+    return _mark(folder, name).exists()
+
+
+def ended(folder: Path, name: str) -> None:
+    """Take the mark away."""
+    _mark(folder, name).unlink(missing_ok=True)
+
+
+def marks(folder: Path) -> dict[Path, frozenset[str]]:
+    """The marks that dead runs left, with their keys; old ones are removed. Needs the lock."""
+    found = {}
+    for path in folder.glob(_MARKS):
+        if time.time() - path.stat().st_mtime > KEPT.total_seconds():
+            path.unlink()
+            continue
+        try:
+            found[path] = frozenset(map(str, json.loads(path.read_bytes())))
+        except (ValueError, TypeError):  # the run died while it wrote it, so before it did anything else
+            found[path] = frozenset()
+    return found
+
+
+def settle(left: dict[Path, frozenset[str]]) -> None:
+    """Reduce marks to the keys that are left of each."""
+    for path, keys in left.items():
+        if keys:
+            write_bytes(path, json.dumps(sorted(keys)).encode())
+        else:
+            path.unlink(missing_ok=True)
 
 
 def shard_id(fingerprint: dict[str, Any], keys: Sequence[str]) -> str:
@@ -262,14 +317,18 @@ def _cut(
     rows: npt.NDArray[np.int64],
     wanted: npt.NDArray[np.bool_],
     shard_size: int,
-) -> list[Shard]:
+    suspects: frozenset[str],
+) -> tuple[list[Shard], frozenset[str]]:
+    """(the shards, the names of those with a suspect)."""
     pending = np.flatnonzero(wanted)
-    shards = []
+    shards, suspect = [], set()
     for number, start in enumerate(range(0, len(pending), shard_size)):
         chosen = pending[start : start + shard_size]
         keys = distinct.take(pa.array(chosen)).to_pylist()
         shards.append(Shard(number, shard_id(fingerprint, keys), rows[chosen]))
-    return shards
+        if not suspects.isdisjoint(keys):
+            suspect.add(shards[-1].shard_id)
+    return shards, frozenset(suspect)
 
 
 def _is_in(keys: pa.Array, done: list[pa.Array]) -> npt.NDArray[np.bool_]:
@@ -297,14 +356,37 @@ def _existing_keys(
     return existing
 
 
-def _planned_earlier(folder: Path, work: str) -> tuple[set[str], datetime] | None:
+def _plans(folder: Path, now: datetime) -> dict[str, tuple[set[str], datetime]]:
+    """Work -> the shards there were when it was planned, and when that was; not what has lain for too long."""
     try:
-        plan = json.loads((folder / protocol.PLAN_FILE).read_bytes())
-        if plan["work"] != work:
-            return None
-        return set(plan["earlier"]), datetime.fromisoformat(plan["planned_at"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
+        found = {
+            work: (set(plan["earlier"]), datetime.fromisoformat(plan["planned_at"]))
+            for work, plan in json.loads((folder / protocol.PLAN_FILE).read_bytes()).items()
+        }
+        return {work: plan for work, plan in found.items() if plan[1] + KEPT > now}
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _record(folder: Path, work: str, plan: tuple[set[str], datetime] | None, now: datetime) -> None:
+    """Replace what `plan.json` says of a work, None for nothing."""
+    plans = _plans(folder, now)
+    plans.pop(work, None)
+    if plan is not None:
+        plans[work] = plan
+    path = folder / protocol.PLAN_FILE
+    if plans:
+        content = {
+            work: {"earlier": sorted(earlier), "planned_at": planned_at.isoformat()}
+            for work, (earlier, planned_at) in plans.items()
+        }
+        write_bytes(path, json.dumps(content).encode())
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _mark(folder: Path, name: str) -> Path:
+    return folder / f".{name}.begun"
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
@@ -322,7 +404,11 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
             os.close(folder)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise EmbedderError(
-            f"{path} cannot be written ({error.strerror or error}); make room or name another --output folder, "
-            "then run the same command again: finished shards stay"
-        ) from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> EmbedderError:
+    return EmbedderError(
+        f"{path} cannot be written ({error.strerror or error}); make room or name another --output folder, "
+        "then run the same command again: finished shards stay"
+    )

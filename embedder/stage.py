@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from embedder import engines, shards, texts
 from embedder.encode import Embedder, Encoded
-from embedder.model import Model
+from embedder.model import Model, open_model
 from embedder.protocol import EmbedderError
 from embedder.shards import Shard
 from embedder.tokens import Tokenised
@@ -29,6 +29,10 @@ TOO_LONG = ("truncate", "refuse")
 
 # Sampled texts: so many from each of so many shards.
 _SAMPLE_TEXTS, _SAMPLE_SHARDS = 32, 8
+
+
+OnRead = Callable[[list[str]], None]
+"""Told the keys of texts that have been read, before anything else is done with them."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +61,12 @@ class Settings:
         _engine, device = engines.choose(model, self.engine, self.device, lambda _line: None)
         return device
 
-    def open_embedder(self, say: Callable[[str], None] = lambda _line: None) -> Embedder:
-        """The model; tokenizer and engine open at their first use."""
-        return Embedder.open(
-            self.model,
+    def open_embedder(
+        self, say: Callable[[str], None] = lambda _line: None, *, model: Model | None = None
+    ) -> Embedder:
+        """The model; tokenizer and engine open at their first use. `model` saves reading the folder again."""
+        return Embedder(
+            model or open_model(self.model),
             engine=self.engine,
             device=self.device,
             precision=self.precision,
@@ -163,6 +169,16 @@ class ShardStage:
     def _fingerprint(self) -> dict[str, Any]:
         return self.embedder.model.fingerprint()
 
+    def isolated(self) -> ShardStage:
+        """The same with the model in a process of its own, which a text may end without ending this one."""
+        from embedder.isolate import IsolatedEmbedder
+
+        model, settings = self.embedder.model, replace(self._settings, tokeniser_processes=0)
+        embedder = IsolatedEmbedder(model, partial(settings.open_embedder, model=model), self._output)
+        stage = ShardStage(self._input_file, self._output, settings, embedder=embedder, say=self._say)
+        stage._opened.callback(embedder.close)
+        return stage
+
     def open(self) -> None:
         """Open the engine now, so that its start-up does not count as embedding."""
         self.embedder.engine  # noqa: B018
@@ -178,11 +194,12 @@ class ShardStage:
         """
         return self.write(self.encode(self.prepare(shard)))
 
-    def prepare(self, shard: Shard) -> Prepared:
-        """Read and tokenise."""
+    def prepare(self, shard: Shard, on_read: OnRead = lambda _keys: None) -> Prepared:
+        """Read and tokenise; `on_read(keys)` is called between the two."""
         found = self._reader.read(shard.rows)
         if shards.shard_id(self._fingerprint, found.keys) != shard.shard_id:
             raise texts.changed(self._input_file)
+        on_read(found.keys)
         return Prepared(shard, found.keys, found.chunk_ids, self._tokenise(found.texts))
 
     def encode(self, prepared: Prepared, on_batch: Callable[[int], None] = lambda _tokens: None) -> Computed:
@@ -231,14 +248,16 @@ class ShardStage:
             streams=engine.streams,
         )
 
-    def sample(self, wanted: Sequence[Shard]) -> float:
-        """Tokens per text, from a few texts of shards spread over the input."""
+    def sample(self, wanted: Sequence[Shard], on_read: OnRead = lambda _keys: None) -> float:
+        """Tokens per text, from a few texts of shards spread over the input; `on_read` as for `prepare`."""
         if not wanted:
             return 0.0
         spread = [wanted[i * len(wanted) // _SAMPLE_SHARDS] for i in range(_SAMPLE_SHARDS)]
         rows = np.unique(np.concatenate([shard.rows[:_SAMPLE_TEXTS] for shard in spread]))
         with texts.TextReader(self._input_file) as reader:
-            tokenised = self._tokenise(reader.read(rows).texts)
+            found = reader.read(rows)
+        on_read(found.keys)
+        tokenised = self._tokenise(found.texts)
         return len(tokenised.tokens.ids) / len(rows)
 
 

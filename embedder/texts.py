@@ -123,6 +123,12 @@ class TextReader:
         chunk_ids = None
         if protocol.CHUNK_ID in self._columns:
             chunk_ids = pa.concat_arrays([piece[protocol.CHUNK_ID].cast(pa.string()) for piece in pieces])
+            try:
+                chunk_ids.validate(full=True)
+            except pa.ArrowInvalid as error:
+                raise EmbedderError(
+                    f"{self._path}: column {protocol.CHUNK_ID} cannot be read ({error}); write the input again"
+                ) from error
         keys = [key for piece in pieces for key in _strings(piece[protocol.CONTENT_HASH])]
         texts = [text for piece in pieces for text in _strings(piece[protocol.TEXT])]
         return Texts(keys, texts, chunk_ids)

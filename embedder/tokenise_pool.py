@@ -18,17 +18,19 @@ from concurrent.futures.process import BrokenProcessPool
 from itertools import repeat
 from typing import Any
 
-import numpy as np
-
 from embedder.machine import usable_cores
 from embedder.model import Model
 from embedder.protocol import EmbedderError
-from embedder.tokens import Tokenised, Tokeniser, Tokens
+from embedder.tokens import Tokenised, Tokeniser, joined
 
 SLICE = 1024
 """Texts sent at a time: some ten milliseconds of work. Fewer than two slices are tokenised in this process."""
 KEPT_FREE = 2
 """Cores left to what feeds the engine and writes its vectors."""
+
+
+class TokeniserDied(EmbedderError):
+    """Some of the texts may end every process that tokenises them."""
 
 
 class TokeniserPool:
@@ -49,20 +51,20 @@ class TokeniserPool:
     def tokenise(self, texts: Sequence[Any], *, prefix: str = "", too_long: str = "truncate") -> Tokenised:
         """See `Tokeniser.tokenise`. Calls from several threads take turns.
 
-        When a process dies, new ones do the work once more. Raises EmbedderError when one dies again.
+        When a process dies, new ones do the work once more. Raises TokeniserDied when one dies again.
         """
         if len(texts) < 2 * SLICE:
             return self._here.tokenise(texts, prefix=prefix, too_long=too_long)
         slices = [texts[start : start + SLICE] for start in range(0, len(texts), SLICE)]
         with self._lock:
             try:
-                return _joined(self._run(slices, prefix, too_long))
+                return self._run(slices, prefix, too_long)
             except BrokenProcessPool:
                 self._say("a tokeniser process died; tokenising its texts again in new processes")
             try:
-                return _joined(self._run(slices, prefix, too_long))
+                return self._run(slices, prefix, too_long)
             except BrokenProcessPool as error:
-                raise EmbedderError(
+                raise TokeniserDied(
                     f"a tokeniser process died twice over the same {len(texts):,} texts; most likely the machine is "
                     f"out of memory: give it more, or run fewer than {self.workers} processes"
                 ) from error
@@ -79,7 +81,7 @@ class TokeniserPool:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, slices: list[Sequence[Any]], prefix: str, too_long: str) -> list[Tokenised]:
+    def _run(self, slices: list[Sequence[Any]], prefix: str, too_long: str) -> Tokenised:
         if self._executor is None:
             # Not forked: a fork of a process with threads and a CUDA context may hang or crash.
             self._executor = ProcessPoolExecutor(
@@ -89,28 +91,11 @@ class TokeniserPool:
                 initargs=(self._model,),
             )
         try:
-            return list(self._executor.map(_tokenise, slices, repeat(prefix), repeat(too_long)))
+            parts = list(self._executor.map(_tokenise, slices, repeat(prefix), repeat(too_long)))
         except BrokenProcessPool:
             self.close()
             raise
-
-
-def _joined(parts: list[Tokenised]) -> Tokenised:
-    starts = range(0, SLICE * len(parts), SLICE)
-    return Tokenised(
-        tokens=Tokens(
-            np.concatenate([part.tokens.ids for part in parts]),
-            np.concatenate([part.tokens.lengths for part in parts]),
-        ),
-        places=np.concatenate([part.places + start for start, part in zip(starts, parts, strict=True)]),
-        errors={
-            start + i: why
-            for start, part in zip(starts, parts, strict=True)
-            for i, why in part.errors.items()
-        },
-        truncated=sum(part.truncated for part in parts),
-        truncated_tokens=sum(part.truncated_tokens for part in parts),
-    )
+        return joined(parts, [len(part) for part in slices])
 
 
 _tokeniser: Tokeniser | None = None
@@ -120,11 +105,14 @@ _tokeniser: Tokeniser | None = None
 def _start(model: Model) -> None:
     global _tokeniser
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # Ctrl-C reaches the whole group; the parent ends its workers
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     _tokeniser = Tokeniser(model)
+
+
+def end_with_parent() -> None:
+    """In a child process: end when the parent does, however it does, and not by a Ctrl-C meant for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 Int32s = npt.NDArray[np.int32]
 Int64s = npt.NDArray[np.int64]
+
+
+_CHARACTERS = 4_000_000
+"""Tokenised at a time."""
 
 
 class Tokens(NamedTuple):
@@ -69,6 +73,25 @@ class Tokenised:
     """How many tokens those lost."""
 
 
+def joined(parts: Sequence[Tokenised], sizes: Sequence[int]) -> Tokenised:
+    """One list of texts that was tokenised in parts, of so many texts each."""
+    starts = list(accumulate(sizes, initial=0))[:-1]
+    return Tokenised(
+        tokens=Tokens(
+            np.concatenate([part.tokens.ids for part in parts]),
+            np.concatenate([part.tokens.lengths for part in parts]),
+        ),
+        places=np.concatenate([part.places + start for start, part in zip(starts, parts, strict=True)]),
+        errors={
+            start + i: why
+            for start, part in zip(starts, parts, strict=True)
+            for i, why in part.errors.items()
+        },
+        truncated=sum(part.truncated for part in parts),
+        truncated_tokens=sum(part.truncated_tokens for part in parts),
+    )
+
+
 def open_tokenizer(path: Path, *, lower_case: bool = False) -> Tokenizer:
     """A folder's tokenizer.json, with its stored padding and truncation switched off.
 
@@ -106,6 +129,19 @@ class Tokeniser:
         `too_long` says what becomes of a text above the model's length: 'truncate' cuts its end off and
         counts it, 'refuse' makes it an error.
         """
+        # Encodings take a hundred bytes a character, ids two: only a few megabytes of text are encodings at a time.
+        sizes = [len(text) if isinstance(text, str) else 0 for text in texts]
+        groups = np.cumsum(sizes, dtype=np.int64) // _CHARACTERS
+        ends = [*(np.flatnonzero(np.diff(groups)) + 1).tolist(), len(texts)]
+        if len(ends) == 1:
+            return self._tokenise(texts, prefix, too_long)
+        parts, start = [], 0
+        for end in ends:
+            parts.append(self._tokenise(texts[start:end], prefix, too_long))
+            start = end
+        return joined(parts, np.diff(ends, prepend=0).tolist())
+
+    def _tokenise(self, texts: Sequence[Any], prefix: str, too_long: str) -> Tokenised:
         errors: dict[int, str] = {}
         places: list[int] = []
         for i, text in enumerate(texts):
@@ -159,14 +195,22 @@ class Tokeniser:
     def _encode(self, texts: list[str]) -> list[Encoding | str]:
         try:
             return list(self._tokenizer.encode_batch_fast(texts))
-        except Exception:  # the library raises bare Exception; the next loop finds the texts to blame
+        except BaseException as error:  # of every kind; the next loop finds the texts to blame
+            _raise_if_not_its_own(error)
             found: list[Encoding | str] = []
             for text in texts:
                 try:
                     found.append(self._tokenizer.encode(text))
-                except Exception as error:
-                    found.append(f"tokenizer refused the text: {error}")
+                except BaseException as refusal:
+                    _raise_if_not_its_own(refusal)
+                    found.append(f"tokenizer refused the text: {refusal}")
             return found
+
+
+def _raise_if_not_its_own(error: BaseException) -> None:
+    """The library raises bare Exception, and where its Rust panics something that is not even that."""
+    if isinstance(error, KeyboardInterrupt | SystemExit):
+        raise error
 
 
 def cut_by_budget(lengths: Int32s, budget: int, packed: bool = False) -> list[Int64s]:

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedder import engines, job, protocol, texts
+from embedder import engines, job, protocol, shards, texts
 from embedder.budget import Estimate, Ledger, Limits
 from embedder.encode import Embedder
 from embedder.job import Progress, Stopped, Summary, Watcher
@@ -183,6 +183,98 @@ def test_a_string_that_is_not_utf8_is_one_failure(tmp_path: Path) -> None:
     summary = job.run(tmp_path / "in.parquet", tmp_path / "out", embedder=embedder)
     assert (summary.embedded, summary.failed) == (2, 1)
     assert failures_of(tmp_path / "out") == {"b": "text is not valid UTF-8"}
+
+
+class Breaking(QuickEngine):
+    """Computes nothing any more once it has met a poison, as a GPU whose context is lost."""
+
+    broken = False
+
+    def encode(self, batches: Iterable[Tokens], take: Callable[[int, npt.NDArray[np.float32]], None]) -> None:
+        try:
+            if self.broken:
+                raise RuntimeError("context lost")
+            super().encode(batches, take)
+        except RuntimeError:
+            self.broken = True
+            raise
+
+
+def isolated_with(monkeypatch: pytest.MonkeyPatch, engine: QuickEngine) -> None:
+    """Isolated stages get this engine, in this process."""
+
+    def isolated(stage: ShardStage) -> ShardStage:
+        embedder = Embedder(open_model(), engine=engine)
+        return ShardStage(stage._input_file, stage._output, Settings(), embedder=embedder)
+
+    monkeypatch.setattr(ShardStage, "isolated", isolated)
+
+
+def test_an_engine_that_breaks_costs_no_text_but_the_one_that_broke_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*some(30), ("bad", "poison"), *some(60)[30:]]
+    run(tmp_path, rows)
+    expected = contents(tmp_path / "out")
+    (tmp_path / "second").mkdir()
+    isolated_with(monkeypatch, QuickEngine())
+    watcher = Watching()
+    broken = Embedder(open_model(), engine=Breaking())
+    summary = run(tmp_path / "second", rows, embedder=broken, watcher=watcher)
+    assert (summary.embedded, summary.failed, summary.sound) == (60, 1, True)
+    assert contents(tmp_path / "second" / "out") == expected
+    assert any("computes nothing any more" in line for line in watcher.said)
+
+    (tmp_path / "third").mkdir()
+    isolated_with(monkeypatch, Breaking())
+    broken = Embedder(open_model(), engine=Breaking())
+    with pytest.raises(EmbedderError, match=r"computes nothing any more, .*context lost"):
+        run(tmp_path / "third", rows, embedder=broken)
+    assert not (tmp_path / "third" / "out" / "failures.parquet").exists()
+    assert not list((tmp_path / "third" / "out").glob(".*.begun"))
+
+
+def test_texts_that_end_the_tokenisers_processes_are_tokenised_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from embedder import tokenise_pool
+
+    class Pool:
+        def __init__(self, *_: object, **_options: object) -> None:
+            pass
+
+        def tokenise(self, texts: list[str], **options: Any) -> Any:
+            if "venom" in texts and len(texts) > 15:  # not in the sample
+                raise tokenise_pool.TokeniserDied("a tokeniser process died twice")
+            return quick_embedder().tokeniser.tokenise(texts, **options)
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(tokenise_pool, "TokeniserPool", Pool)
+    isolated_with(monkeypatch, QuickEngine())
+    rows = [*some(40), ("venom", "venom"), *some(100)[40:]]
+    source, watcher = write_input(tmp_path / "in.parquet", rows), Watching()
+    settings = Settings(tokeniser_processes=2)
+    embedder = quick_embedder()
+    summary = job.run(source, tmp_path / "out", settings, embedder=embedder, shard_size=50, watcher=watcher)
+    assert (summary.embedded, summary.shards) == (101, 3)
+    assert "a tokeniser process died twice" in watcher.said
+
+
+def test_an_error_that_nobody_foresaw_leaves_marks_and_others_do_not(tmp_path: Path) -> None:
+    class Raising(QuickEngine):
+        def encode(self, *_: Any) -> None:
+            raise ValueError("nobody foresaw this")
+
+    with pytest.raises(ValueError, match="nobody foresaw"):
+        run(tmp_path, some(60), embedder=Embedder(open_model(), engine=Raising()))
+    marks = shards.marks(tmp_path / "out")
+    assert frozenset(f"h{i}" for i in range(16)) in marks.values() and len(marks) <= 2
+    shards.settle(dict.fromkeys(marks, frozenset()))
+    with pytest.raises(Stopped):
+        run(tmp_path, some(60), **stop_at(2))
+    assert not shards.marks(tmp_path / "out")
 
 
 def test_over_long_texts_are_counted_or_refused(tmp_path: Path) -> None:
@@ -402,6 +494,10 @@ def test_an_input_that_breaks_the_promise_is_refused(tmp_path: Path, table: pa.T
 def test_an_absent_or_broken_input_is_refused(tmp_path: Path) -> None:
     with pytest.raises(EmbedderError, match=r"absent\.parquet does not exist"):
         texts.read_keys(tmp_path / "absent.parquet")
+    no_text = pa.table({"chunk_id": NOT_UTF8, "content_hash": ["a"], "text": ["a"]})
+    pq.write_table(no_text, tmp_path / "in.parquet")
+    with pytest.raises(EmbedderError, match="column chunk_id cannot be read"):
+        job.run(tmp_path / "in.parquet", tmp_path / "out", embedder=quick_embedder())
     (tmp_path / "broken.parquet").write_text("no")
     with pytest.raises(EmbedderError, match=r"broken\.parquet is not a readable Parquet file"):
         texts.read_keys(tmp_path / "broken.parquet")

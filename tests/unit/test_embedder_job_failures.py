@@ -44,6 +44,14 @@ def test_waits_grow_fourfold_up_to_thirty_days() -> None:
     assert failures.wait_after(10**9) == failures.LONGEST_WAIT
 
 
+def test_a_time_that_only_a_wrong_clock_can_have_set_parks_nothing() -> None:
+    known = {
+        name: Failure("x", 1, NOW + wait)
+        for name, wait in (("past", -HOUR), ("next", HOUR), ("longest", 720 * HOUR), ("wrong", 721 * HOUR))
+    }
+    assert failures.parked(known, NOW) == {"next", "longest"}
+
+
 def test_a_failed_text_is_parked_until_it_is_due_then_tried_again(tmp_path: Path) -> None:
     first = run(tmp_path, poisoned())
     assert (first.embedded, first.failed, first.parked) == (20, 1, 0)

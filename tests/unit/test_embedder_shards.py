@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import tempfile
 from collections.abc import Collection
@@ -66,7 +67,7 @@ def work(folder: Path, keys: list[str], *, killed_after: int | None = None, now:
         for shard in plan.missing[:killed_after]:
             write(folder, shard, keys)
         if killed_after is None or killed_after > len(plan.missing):
-            shards.end_plan(folder)
+            shards.end_plan(folder, plan)
         return sum(len(shard.rows) for shard in plan.missing[:killed_after])
 
 
@@ -171,8 +172,93 @@ def test_a_plan_of_which_nothing_was_made_is_decided_anew(tmp_path: Path) -> Non
     assert (again.planned_at, again.parked) == (NOW + timedelta(days=1), frozenset())
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.sampled_from([f"a{i}" for i in range(20)]), min_size=1, max_size=40),
+    st.lists(st.sampled_from([f"b{i}" for i in range(20)]), max_size=40),
+    st.lists(st.tuples(st.booleans(), st.integers(0, 3)), min_size=1, max_size=6),
+)
+def test_a_work_resumes_its_plan_whatever_was_done_of_another_meanwhile(
+    mine: list[str], theirs: list[str], kills: list[tuple[bool, int]]
+) -> None:
+    with mock.patch("os.fsync"), tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as two:
+        for keys in (mine, theirs):
+            work(Path(one), keys)
+        for is_mine, killed_after in kills:
+            work(Path(two), mine if is_mine else theirs, killed_after=killed_after)
+        for keys in (theirs, mine):
+            work(Path(two), keys)
+        assert contents(Path(one)) == contents(Path(two))
+        assert not (Path(two) / protocol.PLAN_FILE).exists()
+
+
+def test_a_work_keeps_its_decision_while_another_is_done_and_loses_it_to_one_that_shares_a_text(
+    tmp_path: Path,
+) -> None:
+    mine = [f"k{i}" for i in range(10)]
+    with locked(tmp_path):
+        first = plan_of(tmp_path, mine, parked=["k1"])
+        write(tmp_path, first.missing[0], mine)
+    later = NOW + timedelta(days=1)
+    work(tmp_path, ["x", "y"], now=later)
+    with locked(tmp_path):
+        again = plan_of(tmp_path, mine, now=later, parked=["k1"])
+    assert (again.planned_at, again.shards[0].shard_id) == (NOW, first.shards[0].shard_id)
+    assert len(again.missing) == len(first.missing) - 1
+    work(tmp_path, ["k9", "z"], now=later)
+    with locked(tmp_path):
+        anew = plan_of(tmp_path, mine, now=later)
+    assert anew.planned_at == later and not anew.finished
+    assert [keys_of(shard, mine) for shard in anew.missing] == [["k1", "k5", "k6", "k7"], ["k8"]]
+
+
+def test_a_plan_that_nobody_comes_back_to_is_forgotten(tmp_path: Path) -> None:
+    work(tmp_path, ["a", "b"], killed_after=0)
+    work(tmp_path, ["c"], now=NOW + shards.KEPT - timedelta(seconds=1))
+    assert (tmp_path / protocol.PLAN_FILE).exists()
+    work(tmp_path, ["d"], now=NOW + shards.KEPT)
+    assert not (tmp_path / protocol.PLAN_FILE).exists()
+
+
+def test_marks_of_a_dead_run_make_its_keys_suspects_until_they_are_settled(tmp_path: Path) -> None:
+    assert shards.marks(tmp_path) == {}
+    shards.begin(tmp_path, "one", ["a", "b\n\u00fc"])
+    shards.begin(tmp_path, "two", ["c"])
+    shards.begin(tmp_path, "gone", ["d"])
+    shards.ended(tmp_path, "gone")
+    (tmp_path / ".half.begun").write_text('["e')
+    found = shards.marks(tmp_path)
+    assert sorted(map(sorted, found.values())) == [[], ["a", "b\n\u00fc"], ["c"]]
+
+    keys = [f"k{i}" for i in range(8)]
+    plan = make_plan(tmp_path, FINGERPRINT, as_column(keys), now=NOW, shard_size=4, suspects={"k6", "absent"})
+    assert plan.suspect == {plan.shards[1].shard_id}
+    assert plan.shards[1].shard_id == plan_of(tmp_path, keys).shards[1].shard_id
+
+    shards.settle({path: keys - {"a", "c"} for path, keys in found.items()})
+    assert list(shards.marks(tmp_path).values()) == [{"b\n\u00fc"}]
+    (mark,) = shards.marks(tmp_path)
+    long_ago = mark.stat().st_mtime - shards.KEPT.total_seconds() - 60
+    os.utime(mark, (long_ago, long_ago))
+    assert shards.marks(tmp_path) == {} and not mark.exists()
+
+
+def test_a_mark_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    with pytest.raises(EmbedderError, match=r"\.one\.begun cannot be written"):
+        shards.begin(tmp_path / "absent", "one", ["a"])
+
+
+def test_a_folder_that_cannot_be_locked_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    with pytest.raises(EmbedderError, match=r"cannot be locked .No locks available"), locked(tmp_path):
+        pass
+
+
 def test_a_damaged_plan_file_is_no_plan(tmp_path: Path) -> None:
-    for content in ("no", "[]", '{"work": 1}', '{"work": null, "earlier": 3, "planned_at": "x"}'):
+    for content in ("no", "[]", '{"work": 1}', '{"a": null}', '{"a": {"earlier": [], "planned_at": "x"}}'):
         (tmp_path / protocol.PLAN_FILE).write_text(content)
         assert work(tmp_path, ["a"]) in (0, 1)
     assert work(tmp_path, ["a"]) == 0

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import normalizers
 
+from embedder import tokens
 from embedder.model import open_model
 from embedder.protocol import EmbedderError
 from embedder.tokens import Tokenised, Tokeniser, Tokens, cut_by_budget, open_tokenizer, pad
@@ -43,6 +44,73 @@ def test_taking_rows_gives_them_in_the_order_asked_for(rows: list[list[int]], wa
     taken = tokens.take(np.array(chosen, np.int64))
     assert rows_of(taken) == [rows[i] for i in chosen]
     assert taken.ids.dtype == taken.lengths.dtype == np.dtype(np.int32)
+
+
+def test_much_text_is_tokenised_in_parts_with_the_same_result(
+    tokeniser: Tokeniser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [
+        "river stone " * 300,
+        "",
+        "a",
+        None,
+        "window " * 40,
+        "x" * 500,
+        b"",
+        "paper",
+        "stone " * 400,
+        " ",
+    ]
+    whole = tokeniser.tokenise(texts)
+    encoded: list[int] = []
+    encode = tokeniser._encode
+
+    def noting(some: list[str]) -> object:
+        encoded.append(sum(map(len, some)))
+        return encode(some)
+
+    monkeypatch.setattr(tokeniser, "_encode", noting)
+    monkeypatch.setattr(tokens, "_CHARACTERS", 200)
+    parts = tokeniser.tokenise(texts)
+    assert len(encoded) > 3 and max(encoded) <= 200 + 3600
+    assert np.array_equal(parts.tokens.ids, whole.tokens.ids)
+    assert np.array_equal(parts.tokens.lengths, whole.tokens.lengths)
+    assert np.array_equal(parts.places, whole.places)
+    assert (parts.errors, parts.truncated, parts.truncated_tokens) == (
+        whole.errors,
+        whole.truncated,
+        whole.truncated_tokens,
+    )
+    assert len(tokeniser.tokenise([]).places) == 0
+
+
+class Panic(BaseException):
+    """What a panic in Rust is in Python."""
+
+
+def test_a_tokenizer_that_panics_costs_the_text_and_an_interrupt_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokeniser = Tokeniser(open_model())
+    real = tokeniser._tokenizer
+    raised: type[BaseException] = Panic
+
+    class Panicking:
+        def encode(self, text: str) -> object:
+            if text == "bad":
+                raise raised("index out of bounds")
+            return real.encode(text)
+
+        def encode_batch_fast(self, texts: list[str]) -> object:
+            return [self.encode(text) for text in texts]
+
+    monkeypatch.setattr(tokeniser, "_tokenizer", Panicking())
+    found = tokeniser.tokenise(["river", "bad", "stone"])
+    assert found.errors == {1: "tokenizer refused the text: index out of bounds"}
+    assert found.places.tolist() == [0, 2]
+    raised = KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt):
+        tokeniser.tokenise(["river", "bad"])
 
 
 @given(st.lists(st.integers(1, 600), max_size=300), st.integers(1, 2000), st.booleans())
