@@ -23,6 +23,7 @@ import numpy.typing as npt
 import psycopg
 import pyarrow as pa
 
+from assets.documents.chunk import DEFAULT_CHUNKING
 from benchmarks.texts import MEDIAN_WORDS, SIGMA, texts
 from storage.copy import copy_table
 
@@ -120,9 +121,10 @@ def fill(connection: psycopg.Connection[Any], corpus: Corpus) -> None:
     rows = len(corpus.chunks)
     copy_table(
         connection,
-        "corpus.chunk",
+        "corpus.piece",
         pa.table(
             {
+                "chunking": [str(DEFAULT_CHUNKING)] * rows,
                 "chunk_id": [chunk_id(row) for row in range(rows)],
                 "document_id": [_document(number) for number in corpus.documents.tolist()],
                 "source": [SOURCE] * rows,
@@ -140,9 +142,10 @@ def fill(connection: psycopg.Connection[Any], corpus: Corpus) -> None:
 def revise(connection: psycopg.Connection[Any], share: float, turn: int) -> int:
     """Change the text of another `share` of the chunks each turn; how many they were."""
     return connection.execute(
-        "update corpus.chunk set text = r.text, content_hash = encode(sha256(convert_to(r.text, 'UTF8')), 'hex')"
+        "update corpus.piece set text = r.text, passage_no = null,"
+        " content_hash = encode(sha256(convert_to(r.text, 'UTF8')), 'hex')"
         " from (select chunk_id, format('Revision %%s. ', %(turn)s::int) || text as text from corpus.chunk"
-        " where ordinal %% %(step)s = %(turn)s) as r where r.chunk_id = chunk.chunk_id",
+        " where ordinal %% %(step)s = %(turn)s) as r where r.chunk_id = piece.chunk_id",
         {"turn": turn, "step": round(1 / share)},
     ).rowcount
 

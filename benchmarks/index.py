@@ -131,9 +131,12 @@ def index(place: Place) -> tuple[Steps, dict[str, Any]]:
     release = current_release(None)
     steps: Steps = {}
     with place.connect() as connection:
-        for name, action in (("passages", refresh_passages), ("postings", refresh_postings)):
+        for name, action in (
+            ("passages", lambda: refresh_passages(connection)),
+            ("postings", lambda: refresh_postings(connection, str(release.chunking))),
+        ):
             started = time.perf_counter()
-            action(connection)
+            action()
             connection.commit()
             steps[name] = time.perf_counter() - started
         _Timed.seconds = defaultdict(float)
@@ -355,7 +358,7 @@ def sizes(connection: psycopg.Connection[Any], place: Place, release: Release, r
             "pg_total_relation_size", "retrieval.posting", "retrieval.term", "retrieval.passage_text"
         ),
         "passages_mb": weigh("pg_total_relation_size", "retrieval.passage"),
-        "chunks_mb": weigh("pg_total_relation_size", "corpus.chunk"),
+        "chunks_mb": weigh("pg_total_relation_size", "corpus.piece"),
         "shards_mb": sum(path.stat().st_size for path in protocol.shard_paths(folder)) / 1e6,
         "maintenance_work_mem_mb": memory / 1e6 if graph else None,
         "graph_workers": workers if graph else None,
@@ -385,7 +388,7 @@ def measure(place: Place, options: argparse.Namespace) -> dict[str, Any]:
     }
     with psycopg.connect(place.url, autocommit=True) as connection:
         # As autovacuum does within a minute.
-        connection.execute("vacuum (analyze) corpus.chunk, corpus.document, retrieval.passage")
+        connection.execute("vacuum (analyze) corpus.piece, corpus.document, retrieval.passage")
         figures |= sizes(connection, place, current_release(None), options.rows)
     say("searching")
     with Database.from_url(place.url).connect(role=WRITER, autocommit=True) as connection:

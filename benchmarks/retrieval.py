@@ -26,6 +26,8 @@ import psycopg
 from numpy.typing import NDArray
 
 from assets.documents.chunk import embedded_text
+from assets.documents.chunkings import in_language
+from assets.embeddings.registry import live_release
 from assets.evaluation.compare import golden_contracts
 from assets.evaluation.golden import Golden, Place, ranking, read_golden
 from assets.evaluation.retrieval import METRICS, evaluate
@@ -103,13 +105,14 @@ def exact_run(
     connection: psycopg.Connection[Any], golden: Golden, encode: Encode, k: int = DEPTH
 ) -> dict[str, dict[str, float]]:
     """What an exact search finds among the texts of the judged source, embedded by ``encode`` to unit length."""
+    chunking = in_language(connection, golden.document_source, live_release(connection).chunking)
     places: defaultdict[str, list[Place]] = defaultdict(list)
     for heading, text, *place in connection.execute(
         "select heading, text, chunk_id, document_id, start_char, end_char from corpus.chunk where source = %s"
         " order by chunk_id",
         [golden.document_source],
     ):
-        places[embedded_text(heading, text)].append(Place(*place))
+        places[embedded_text(heading, text, chunking)].append(Place(*place))
     passages = list(places.values())
     vectors, questions = encode(list(places)), encode(list(golden.queries.values()))
     run = {}

@@ -16,7 +16,9 @@ from dagster_dbt import DbtCliResource, DbtProject
 
 from assets.datasets.assets import dataset_assets
 from assets.documents.assets import REDACTION, document_assets, redaction_asset
+from assets.documents.chunk import DEFAULT_CHUNKING
 from assets.embeddings.assets import candidate_assets, embedding_assets, embedding_checks
+from assets.embeddings.release import Setting
 from assets.evaluation.assets import evaluation_assets
 from assets.quality.assets import source_checks
 from assets.review.assets import review_queues_asset
@@ -60,13 +62,13 @@ def build_defs(settings: Settings, overrides: Mapping[str, Any] | None = None) -
     daily = dg.AssetSelection.assets(*(model for model in models if model.partitions_def is not None))
     corpus, marts, review = jobs.corpus_job(), jobs.marts_job(daily), jobs.review_job()
     feedback_day, embed = jobs.feedback_day_job(daily, REDACTION), jobs.embed_job()
+    release = Setting(settings.embedding_model, settings.chunking)
+    candidate = Setting(settings.embedding_candidate, settings.chunking_candidate)
     assets: list[Any] = [
         *source_assets(contracts, errors),
-        *document_assets(contracts),
-        *embedding_assets(contracts, settings.embedding_model, settings.embedding_options),
-        *candidate_assets(
-            contracts, settings.embedding_candidate, comparison(contracts), settings.embedding_options
-        ),
+        *document_assets(contracts, settings.chunking or DEFAULT_CHUNKING),
+        *embedding_assets(contracts, release, settings.embedding_options),
+        *candidate_assets(contracts, candidate, comparison(contracts), release, settings.embedding_options),
         *shared_tables(contracts),
         *feedback_log(),
         redaction_asset(),

@@ -10,6 +10,7 @@ from typing import Any
 import dagster as dg
 import psycopg
 
+from assets.documents.chunkings import forget_unused_chunkings
 from assets.embeddings.registry import ReleaseError, promote
 from assets.embeddings.upkeep import keep_up
 from orchestration.gates import open_assets
@@ -115,12 +116,15 @@ def retention() -> None:
 
 @dg.op(
     pool="warehouse",
-    description="Rebuild graphs that lost rows, then vacuum, without stopping readers or writers.",
+    description="Delete chunks that no release needs, rebuild graphs that lost rows, then vacuum, under readers.",
 )
 def keep_up_releases(context: dg.OpExecutionContext, warehouse: dg.ResourceParam[Warehouse]) -> None:
-    """See assets.embeddings.upkeep."""
+    """See assets.embeddings.upkeep, and assets.documents.chunkings.forget_unused_chunkings."""
     with warehouse.connect("index upkeep", autocommit=True) as connection:
+        unused = forget_unused_chunkings(connection)
         reports = keep_up(connection)
+    for chunking in unused:
+        context.log.info(f"chunks of {chunking} deleted: no release needs them")
     for report in reports:
         what = "graph rebuilt, table vacuumed" if report.rebuilt else "table vacuumed"
         context.log.info(f"release {report.release}: {report.dead:,} dead rows, {what}")

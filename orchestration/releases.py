@@ -54,6 +54,7 @@ def show_releases(settings: Settings, screen: Screen) -> None:
         "dimensions",
         "built",
         "model",
+        "chunks",
         "promotion",
         box=None,
         pad_edge=False,
@@ -69,6 +70,7 @@ def show_releases(settings: Settings, screen: Screen) -> None:
             f"{release.dimensions:,}",
             f"{release.created_at:%Y-%m-%d %H:%M}",
             str(release.model or "installed"),
+            str(release.chunking),
             may,
         )
     screen.console.print(table)

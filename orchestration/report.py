@@ -63,7 +63,7 @@ _QUERIES = {
     """,
     "interactions": "select count(*) as interactions, count(distinct user_ref) as users from feedback.interaction",
     "releases": """
-        select release, dimensions, live, created_at from registry.embedding_release order by created_at
+        select release, dimensions, chunking, live, created_at from registry.embedding_release order by created_at
     """,
     "datasets": """
         select a.dataset, a.version, v.rows, v.uri, v.created_at, v.manifest -> 'signals' -> 'dropped' as dropped

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from pathlib import Path
 
+from assets.documents.chunk import Chunking
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -44,6 +46,9 @@ class Settings:
         embedding_model: A local model folder (``EMBEDDING_MODEL``); None takes the installed MiniLM. It decides which
             release is the first; later the live one's model is served, and another takes its place by promotion.
         embedding_candidate: The folder of a model to build a release with beside the live one (``EMBEDDING_CANDIDATE``).
+        chunking: How documents are cut (``DATAMOAT_CHUNKING``: least and most characters of a chunk, most tokens, such as
+            ``400-1000/240``, which None stands for). As with the model, it decides for the first release.
+        chunking_candidate: How they are to be cut for a release beside the live one (``DATAMOAT_CHUNKING_CANDIDATE``).
         embedding_price_per_hour: What an hour of the embedding job costs, in any unit (``EMBEDDING_PRICE_PER_HOUR``).
         embedding_max_cost: The job stops there, in the same unit (``EMBEDDING_MAX_COST``).
         rerank_model: Folder of a cross-encoder that puts what a search finds in order (``RERANK_MODEL``); None: none.
@@ -63,6 +68,8 @@ class Settings:
     feedback_min_events: int = 100
     feedback_max_age_hours: float = 24
     embedding_candidate: Path | None = None
+    chunking: Chunking | None = None
+    chunking_candidate: Chunking | None = None
     rerank_model: Path | None = None
     embedding_price_per_hour: float | None = None
     embedding_max_cost: float | None = None
@@ -104,6 +111,8 @@ class Settings:
             feedback_min_events=int(_number(environment, "DATAMOAT_FEEDBACK_MIN_EVENTS", 100, least=1)),
             feedback_max_age_hours=_number(environment, "DATAMOAT_FEEDBACK_MAX_AGE_HOURS", 24, least=0.1),
             embedding_candidate=_folder(environment, "EMBEDDING_CANDIDATE"),
+            chunking=_chunking(environment, "DATAMOAT_CHUNKING"),
+            chunking_candidate=_chunking(environment, "DATAMOAT_CHUNKING_CANDIDATE"),
             rerank_model=_folder(environment, "RERANK_MODEL"),
             embedding_price_per_hour=price,
             embedding_max_cost=ceiling,
@@ -191,6 +200,16 @@ class Settings:
 def _folder(environment: Mapping[str, str], name: str) -> Path | None:
     folder = environment.get(name)
     return Path(folder).absolute() if folder else None
+
+
+def _chunking(environment: Mapping[str, str], name: str) -> Chunking | None:
+    text = environment.get(name)
+    if not text:
+        return None
+    try:
+        return Chunking.parse(text)
+    except ValueError as error:
+        raise SettingsError(f"{name}={text}: {error}.") from error
 
 
 def _optional_number(environment: Mapping[str, str], name: str, example: float) -> float | None:

@@ -4,11 +4,12 @@ Belongs here: wiring. Parsing, redacting and chunking are in parse.py, redact.py
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import dagster as dg
 
-from assets.documents.chunk import CHUNKER
+from assets.documents.chunk import DEFAULT_CHUNKING, Chunking
+from assets.documents.chunkings import chunkings_beside, live_chunking
 from assets.documents.corpus import feedback_texts, refresh_chunks, refresh_documents
 from assets.documents.parse import Parser
 from assets.documents.redact import Redactor, redact_texts
@@ -26,13 +27,19 @@ def has_text(contract: Contract) -> bool:
     return contract.kind == "documents" or contract.corpus is not None
 
 
-def document_assets(contracts: Sequence[Contract]) -> list[dg.AssetsDefinition]:
-    """The two assets of each source with text."""
+def document_assets(
+    contracts: Sequence[Contract], chunking: Chunking = DEFAULT_CHUNKING
+) -> list[dg.AssetsDefinition]:
+    """The two assets of each source with text.
+
+    Args:
+        chunking: How documents are cut while no release is live; see ``live_chunking``.
+    """
     return [
         asset
         for contract in contracts
         if has_text(contract)
-        for asset in (_documents(contract), _chunks(contract))
+        for asset in (_documents(contract), _chunks(contract, chunking))
     ]
 
 
@@ -70,7 +77,7 @@ def _documents(contract: Contract) -> dg.AssetsDefinition:
     return documents
 
 
-def _chunks(contract: Contract) -> dg.AssetsDefinition:
+def _chunks(contract: Contract, chunking: Chunking) -> dg.AssetsDefinition:
     @dg.asset(
         key=["chunks", contract.name],
         deps=[["documents", contract.name]],
@@ -78,17 +85,25 @@ def _chunks(contract: Contract) -> dg.AssetsDefinition:
         owners=[f"team:{contract.owner}"],
         kinds={"postgres"},
         tags={"layer": "documents"},
-        description=f"One row per chunk of {contract.name}: text[start_char:end_char] of its redacted document.",
+        description=(
+            f"One row per chunk of {contract.name}: text[start_char:end_char] of its redacted document. Chunks of a"
+            " candidate and of the release before, where there are any, follow their documents as well."
+        ),
         metadata={"dagster/table_name": "corpus.chunk"},
-        code_version=CHUNKER,
+        code_version=replace(chunking, language=contract.language).name,
         pool="warehouse",
     )
     def chunks(
         context: dg.AssetExecutionContext, warehouse: dg.ResourceParam[Warehouse]
     ) -> dg.MaterializeResult:
         with warehouse.connect(f"chunks {contract.name}") as connection:
-            counts = refresh_chunks(connection, contract.name, progress=log_progress(context.log))
-        return dg.MaterializeResult(metadata=asdict(counts))
+            progress = log_progress(context.log)
+            live = live_chunking(connection, chunking)
+            counts = refresh_chunks(connection, contract.name, live, progress)
+            # Or a rollback would bring back what documents said before.
+            for other in chunkings_beside(connection, contract.name, live):
+                refresh_chunks(connection, contract.name, other, progress)
+        return dg.MaterializeResult(metadata={**asdict(counts), "chunking": str(live)})
 
     return chunks
 

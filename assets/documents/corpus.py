@@ -5,6 +5,8 @@ file is read (parse), a text redacted (redact) or cut (chunk); landing; vectors.
 
 ``corpus`` depends on ``raw`` alone: a file whose new version is refused leaves, and so does one that is gone.
 Every function may be stopped at any moment and run again; it then does only what is left to do.
+
+``corpus.piece`` has the chunks of several chunkings side by side (chunkings): each function for chunks is about one.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from typing import Any, NamedTuple, Protocol
 import psycopg
 from psycopg import sql
 
-from assets.documents.chunk import CHUNKER, chunk
+from assets.documents.chunk import DEFAULT_CHUNKING, Chunking, chunk
+from assets.documents.chunkings import STALE, in_language
 from assets.documents.parse import Parsed, ParseError, Parser, clean, fallback_title, parser_of
 from assets.documents.redact import Redactor, sha256
 from assets.progress import Progress
@@ -33,9 +36,6 @@ BATCH_BYTES = 32 << 20
 BATCH_DOCUMENTS = 200
 FEEDBACK_TEXTS = 1000
 MAX_TITLE = 300
-# Stands in corpus.chunk.chunker while the chunk's document has another text than the one it was cut from. Such
-# chunks go on being found until their replacements are committed.
-STALE = ""
 
 
 @dataclass(frozen=True)
@@ -369,7 +369,7 @@ def _write(conn: Connection, documents: list[_Document], current: dict[str, _Cur
     ]
     with conn.transaction(), conn.cursor() as cursor:
         cursor.executemany(upsert, documents)
-        cursor.execute("update corpus.chunk set chunker = %s where document_id = any(%s)", [STALE, stale])
+        cursor.execute("update corpus.piece set chunker = %s where document_id = any(%s)", [STALE, stale])
 
 
 def _finish(
@@ -420,68 +420,92 @@ def _finish(
     return deleted
 
 
-def refresh_chunks(conn: Connection, source: str, progress: Progress | None = None) -> ChunkCounts:
-    """Cut those documents of ``source`` whose text or chunker changed, and no other.
+def refresh_chunks(
+    conn: Connection, source: str, chunking: Chunking = DEFAULT_CHUNKING, progress: Progress | None = None
+) -> ChunkCounts:
+    """Cut those documents of ``source`` whose text, language or chunker changed, and no other.
 
     Args:
         conn: Outside of a transaction: each batch is committed on its own.
-        source: Name of the source.
+        source: Name of the source, whose language is that of ``registry.source``.
+        chunking: Chunks of others are not touched.
         progress: Called with "documents", how many of those to be cut are done, and how many there are.
     """
+    chunking = in_language(conn, source, chunking)
     todo = [
         row[0]
         for row in _fetch(
             conn,
-            "select document_id from corpus.document d where source = %s and ("
-            " not exists (select from corpus.chunk c where c.document_id = d.document_id)"
-            " or exists (select from corpus.chunk c where c.document_id = d.document_id and c.chunker <> %s)"
+            "select document_id from corpus.document d where source = %(source)s and ("
+            " not exists (select from corpus.piece c where c.document_id = d.document_id and c.chunking = %(cut)s)"
+            " or exists (select from corpus.piece c where c.document_id = d.document_id and c.chunking = %(cut)s"
+            " and c.chunker <> %(chunker)s)"
             ") order by document_id",
-            [source, CHUNKER],
+            {"source": source, "cut": str(chunking), "chunker": chunking.name},
         )
     ]
     deleted = 0
     for begin in range(0, len(todo), BATCH_DOCUMENTS):
         batch = todo[begin : begin + BATCH_DOCUMENTS]
-        with conn.transaction(), conn.cursor() as cursor:
-            # Locked, so that the chunks written are those of the text that is there when they are committed.
-            cursor.execute(
-                "select document_id, text from corpus.document where document_id = any(%s) for update",
-                [batch],
-            )
-            chunks = [
-                (document_id, piece) for document_id, text in cursor.fetchall() for piece in chunk(text)
-            ]
-            cursor.execute("delete from corpus.chunk where document_id = any(%s) returning chunk_id", [batch])
-            new = {piece.chunk_id(document_id) for document_id, piece in chunks}
-            deleted += sum(chunk_id not in new for (chunk_id,) in cursor.fetchall())
-            with cursor.copy(
-                "copy corpus.chunk (chunk_id, document_id, source, ordinal, start_char, end_char, text,"
-                " content_hash, heading, chunker) from stdin"
-            ) as copy:
-                for document_id, piece in chunks:
-                    copy.write_row(
-                        (
-                            piece.chunk_id(document_id),
-                            document_id,
-                            source,
-                            piece.ordinal,
-                            piece.start_char,
-                            piece.end_char,
-                            piece.text,
-                            piece.content_hash,
-                            piece.heading,
-                            CHUNKER,
-                        )
-                    )
+        with conn.transaction():
+            deleted += _cut(conn, source, chunking, batch)
         if progress is not None:
             progress("documents", begin + len(batch), len(todo))
     ((documents, total),) = _fetch(
         conn,
         "select (select count(*) from corpus.document where source = %(source)s),"
-        " (select count(*) from corpus.chunk where source = %(source)s)",
-        {"source": source},
+        " (select count(*) from corpus.piece where source = %(source)s and chunking = %(cut)s)",
+        {"source": source, "cut": str(chunking)},
     )
     return ChunkCounts(documents, len(todo), total, deleted)
+
+
+def _cut(conn: Connection, source: str, chunking: Chunking, batch: list[str]) -> int:
+    """Replace the chunks of some documents; returns how many are no more."""
+    # No passage goes until the end of this transaction: chunks whose text is known are given its number.
+    conn.execute("select pg_advisory_xact_lock_shared(hashtext('retrieval.passage'))")
+    # Locked, so that the chunks written are those of the text that is there when they are committed.
+    documents = conn.execute(
+        "select document_id, text from corpus.document where document_id = any(%s) order by 1 for update",
+        [batch],
+    ).fetchall()
+    chunks = [(document_id, piece) for document_id, text in documents for piece in chunk(text, chunking)]
+    rows = conn.execute(
+        "delete from corpus.piece where document_id = any(%s) and chunking = %s returning chunk_id",
+        [batch, str(chunking)],
+    ).fetchall()
+    numbers = dict(
+        conn.execute(
+            "select content_hash, passage_no from retrieval.passage where content_hash = any(%s)",
+            [list({piece.content_hash for _, piece in chunks})],
+        ).fetchall()
+    )
+    with (
+        conn.cursor() as cursor,
+        cursor.copy(
+            "copy corpus.piece (chunking, chunk_id, document_id, source, ordinal, start_char, end_char, text,"
+            " content_hash, heading, chunker, passage_no) from stdin"
+        ) as copy,
+    ):
+        for document_id, piece in chunks:
+            copy.write_row(
+                (
+                    str(chunking),
+                    piece.chunk_id(document_id),
+                    document_id,
+                    source,
+                    piece.ordinal,
+                    piece.start_char,
+                    piece.end_char,
+                    piece.text,
+                    piece.content_hash,
+                    piece.heading,
+                    chunking.name,
+                    numbers.get(piece.content_hash),
+                )
+            )
+    new = {piece.chunk_id(document_id) for document_id, piece in chunks}
+    return sum(chunk_id not in new for (chunk_id,) in rows)
 
 
 def retire_sources(conn: Connection, kept: Sequence[str]) -> int:

@@ -17,6 +17,7 @@ from psycopg import sql
 
 from assets.embeddings.registry import (
     LiveRelease,
+    built_release,
     find_live,
     find_release,
     has_table,
@@ -59,11 +60,13 @@ INDEX_CHECKS = {
 }
 
 CANDIDATE_CHECKS = {
-    "coverage": "Every text that may be retrieved has a vector, or was refused and has none in the live release either.",
+    "coverage": "Every document that may be retrieved is cut, and every text of it has a vector, or was refused and has"
+    " none in the live release either.",
     "vectors_are_sound": "Every vector has unit length, or at least one, where the model does not scale; none holds NaN.",
     "neighbours": "Sampled vectors find themselves, differ from one another, and the graph finds what an exact search finds.",
     "retrieval": "On no golden set is the candidate surely worse than the live release (paired bootstrap).",
-    "shadow": "Candidate and live release find much the same for recent questions; where not, look before promoting.",
+    "shadow": "Candidate and live release find much the same for recent questions (the same texts, or, where they are cut"
+    " otherwise, the same documents); where not, look before promoting.",
 }
 
 
@@ -140,14 +143,18 @@ def check_candidate(
         ReleaseError: There is no such release.
     """
     state = find_release(connection, name)
+    candidate = built_release(connection, name)
     live = find_live(connection)
     other = live if live is not None and live.name != name else None
     outcomes = {
-        "coverage": Outcome(state.missing == 0, {"missing": state.missing, "vectors": state.vectors}),
+        "coverage": Outcome(
+            not state.missing and not state.uncut,
+            {"missing": state.missing, "uncut": state.uncut, "vectors": state.vectors},
+        ),
         "vectors_are_sound": soundness(connection, name),
         "neighbours": neighbours(connection, name),
         "retrieval": retrieval(compare(connection, name, other)) if other else retrieval([]),
-        "shadow": shadow(connection, state.name, state.model, other, questions, embed),
+        "shadow": shadow(connection, candidate, other, questions, embed),
     }
     record_checks(connection, name, {check: outcome.as_dict() for check, outcome in outcomes.items()})
     return outcomes
@@ -215,22 +222,25 @@ def retrieval(differences: Iterable[Difference]) -> Outcome:
 
 def shadow(
     connection: Connection,
-    candidate: str,
-    model: Path | None,
+    candidate: LiveRelease,
     live: LiveRelease | None,
     questions: Sequence[str],
     embed: Embed,
 ) -> Outcome:
-    """Overlap of the ten nearest, and rank correlation of the common ones, of live and candidate on ``questions``."""
+    """Overlap of the ten nearest, and rank correlation of the common ones, of live and candidate on ``questions``.
+
+    Of texts, or of documents where the two have other chunks.
+    """
     import numpy as np
 
     if live is None or not questions:
         return Outcome(True, {"questions": 0}, needed=False)
-    ours, theirs = embed(model, questions), embed(live.model_folder, questions)
+    ours, theirs = embed(candidate.model_folder, questions), embed(live.model_folder, questions)
+    by_document = candidate.chunking != live.chunking
     overlaps, correlations = [], []
     for mine, other in zip(ours, theirs, strict=True):
-        new = [n for n, _ in _nearest(connection, candidate, _text(mine), SHADOW_DEPTH)]
-        old = [n for n, _ in _nearest(connection, live.name, _text(other), SHADOW_DEPTH)]
+        new = _shown(connection, candidate, _text(mine), by_document)
+        old = _shown(connection, live, _text(other), by_document)
         most = min(NEIGHBOURS, max(len(new), len(old)))
         if most:
             overlaps.append(len({*new[:NEIGHBOURS]} & {*old[:NEIGHBOURS]}) / most)
@@ -270,6 +280,21 @@ def embed_questions(model: Path | None, questions: Sequence[str]) -> NDArray[np.
     from embedder.encode import Embedder
 
     return Embedder.open(model).encode(list(questions))
+
+
+def _shown(connection: Connection, release: LiveRelease, vector: str, by_document: bool) -> list[Any]:
+    """The texts that are nearest, or the documents that these are in, the nearest first."""
+    passages = [number for number, _ in _nearest(connection, release.name, vector, SHADOW_DEPTH)]
+    if not by_document:
+        return passages
+    documents = dict(
+        connection.execute(
+            "select passage_no, min(document_id) from corpus.piece"
+            " where passage_no = any(%s) and chunking = %s group by 1",
+            [passages, str(release.chunking)],
+        ).fetchall()
+    )
+    return list(dict.fromkeys(documents[number] for number in passages if number in documents))
 
 
 def _nearest(

@@ -1,7 +1,8 @@
 """Vectors into the searchable index: passages, the vectors that are missing, and the graph over them.
 
-Vectors are keyed by text: ``retrieval.passage`` has one row per distinct text of the corpus, every release's table one
-vector per passage. A renamed document, or the same paragraph in two documents, costs nothing.
+Vectors are keyed by text: ``retrieval.passage`` has one row per distinct text of the corpus, however it is cut; every
+release's table has one vector for each passage of its own chunking. A renamed document, or the same paragraph in two
+documents, costs nothing.
 
 Belongs here: the work list, loading it, and the table it goes to. Does not belong here: which release is live and how
 that changes (registry), whether the index is what it should be (checks), Dagster.
@@ -25,6 +26,7 @@ from psycopg import sql
 
 from assets.embeddings.registry import (
     KEY,
+    NO_VECTORS,
     commit_at_once,
     drop_retired_tables,
     find_live,
@@ -51,6 +53,8 @@ HNSW = "m = 16, ef_construction = 64"
 ROWS_FOR_A_GRAPH = 20_000
 # A row put into a graph costs five times a row of a graph built at once, and its predecessor's removal fifteen times.
 CHANGED_IN_PLACE = 0.02
+# Statistics of chunks that grew by so many are out of date, and what is planned by them takes ten times as long.
+MANY_CHUNKS = 1_000
 # Neighbour lists and bookkeeping of a node, besides its vector.
 NODE_BYTES = 400
 MEMORY_SHARE = 0.25
@@ -66,9 +70,6 @@ _STORAGE = (
     "autovacuum_vacuum_threshold = 2147483647, autovacuum_vacuum_scale_factor = 0,"
     " autovacuum_vacuum_insert_threshold = -1"
 )
-
-
-_NO_VECTORS = sql.SQL("(select null::int as passage_no where false)")
 
 
 @dataclass(frozen=True)
@@ -107,25 +108,58 @@ class IndexReport:
 
 
 def refresh_passages(connection: Connection) -> PassageReport:
-    """Bring ``retrieval.passage`` in line with the texts of ``corpus.chunk``, in one transaction.
+    """Bring ``retrieval.passage`` in line with the texts of ``corpus.piece``, in one transaction.
 
-    A text that no chunk has any more leaves every release and the postings with its passage.
+    A text that no chunk has any more leaves every release and the postings with its passage; one that only chunks of
+    another chunking have leaves the releases that do not embed those.
     """
     with connection.transaction():
         # One at a time: another's deletions could hit a text that came back meanwhile.
         connection.execute("select pg_advisory_xact_lock(hashtext('retrieval.passage'))")
         removed = connection.execute(
             "delete from retrieval.passage p"
-            " where not exists (select from corpus.chunk c where c.content_hash = p.content_hash)"
+            " where not exists (select from corpus.piece c where c.content_hash = p.content_hash)"
         ).rowcount
         # The keys are sought before they are numbered: a conflict would use up a number.
         added = connection.execute(
-            "insert into retrieval.passage (content_hash) select distinct c.content_hash from corpus.chunk c"
-            " where not exists (select from retrieval.passage p where p.content_hash = c.content_hash)"
+            "insert into retrieval.passage (content_hash) select distinct c.content_hash from corpus.piece c"
+            " where c.passage_no is null"
+            " and not exists (select from retrieval.passage p where p.content_hash = c.content_hash)"
         ).rowcount
+        # Chunks that are being replaced are passed over: who replaces them would wait, and be waited for.
+        numbered = connection.execute(
+            "with mine as materialized ("
+            " select c.chunking, c.chunk_id, p.passage_no from corpus.piece c join retrieval.passage p"
+            " using (content_hash) where c.passage_no is null for update of c skip locked)"
+            " update corpus.piece c set passage_no = mine.passage_no from mine"
+            " where c.chunking = mine.chunking and c.chunk_id = mine.chunk_id"
+        ).rowcount
+        if numbered > MANY_CHUNKS:
+            connection.execute("analyze corpus.piece")
+        for name, chunking in _releases_of_some_texts(connection):
+            _forget_other_texts(connection, name, chunking)
         if added:
             connection.execute("analyze retrieval.passage")
     return PassageReport(added, removed)
+
+
+def _releases_of_some_texts(connection: Connection) -> list[tuple[str, str]]:
+    """Releases, and their chunkings, where there are several of those: with one only, none has a text too many."""
+    rows = connection.execute("select release, chunking from registry.embedding_release").fetchall()
+    ((several,),) = connection.execute("select min(chunking) <> max(chunking) from corpus.piece").fetchall()
+    return [(name, chunking) for name, chunking in rows if several and has_table(connection, name)]
+
+
+def _forget_other_texts(connection: Connection, release: str, chunking: str) -> None:
+    # It may be dropped at this moment.
+    with contextlib.suppress(psycopg.errors.UndefinedTable), connection.transaction():
+        connection.execute(
+            sql.SQL(
+                "delete from {} v where not exists (select from retrieval.passage p"
+                " join corpus.piece c using (content_hash) where p.passage_no = v.passage_no and c.chunking = %s)"
+            ).format(release_table(release)),
+            [chunking],
+        )
 
 
 def load_vectors(
@@ -157,7 +191,7 @@ def load_vectors(
         one_load_at_a_time(connection, release.name)
         register(connection, release)
         before = _table_before(connection, release)
-        work = _work_list(connection, source, before)
+        work = _work_list(connection, source, str(release.chunking), before)
         found = _find(folder, work)
         table = _load(connection, release, before, found)
         connection.execute(
@@ -170,7 +204,7 @@ def load_vectors(
             wanted=work.wanted,
             loaded=found.rows,
             missing=len(work.passages) - found.rows,
-            failed=_note_failures(connection, source, release.name, table, folder),
+            failed=_note_failures(connection, source, release, table, folder),
             vectors=_count(connection, table),
             rebuilt=table != release_table(release.name),
             graph=graph_of(connection, table) is not None,
@@ -229,24 +263,30 @@ class _Found:
 
 
 def _table_before(connection: Connection, release: Release) -> sql.Identifier | None:
-    """The table that holds what the release has so far: its own, or, where only the chunking changed, the live one's."""
+    """The table that holds what the release has so far: its own, or, where only the code that cuts changed, the live
+    one's."""
     if has_table(connection, release.name):
         return release_table(release.name)
     live = find_live(connection)
-    return release_table(live.name) if live is not None and live.vectors == release.vectors else None
+    alike = live is not None and (live.vectors, live.chunking) == (release.vectors, release.chunking)
+    return release_table(live.name) if live is not None and alike else None
 
 
-def _work_list(connection: Connection, source: str, table: sql.Identifier | None) -> _Work:
+def _work_list(connection: Connection, source: str, chunking: str, table: sql.Identifier | None) -> _Work:
+    of_source = {"source": source, "chunking": chunking}
     wanted = _one(
-        connection, "select count(distinct content_hash) from corpus.chunk where source = %s", [source]
+        connection,
+        "select count(distinct content_hash) from corpus.piece"
+        " where source = %(source)s and chunking = %(chunking)s",
+        of_source,
     )
-    missing = sql.SQL(" and not exists (select from {} v where v.passage_no = p.passage_no)")
     rows = connection.execute(
         sql.SQL(
-            "select p.passage_no, p.content_hash from retrieval.passage p"
-            " where exists (select from corpus.chunk c where c.source = %s and c.content_hash = p.content_hash){}"
-        ).format(missing.format(table) if table is not None else sql.SQL("")),
-        [source],
+            "select p.passage_no, p.content_hash from retrieval.passage p where exists (select from corpus.piece c"
+            " where c.source = %(source)s and c.chunking = %(chunking)s and c.content_hash = p.content_hash)"
+            " and not exists (select from {} v where v.passage_no = p.passage_no)"
+        ).format(table or NO_VECTORS),
+        of_source,
     ).fetchall()
     return _Work(
         wanted,
@@ -290,8 +330,10 @@ def _load(
     wants_graph = rows >= ROWS_FOR_A_GRAPH // (2 if has_graph else 1)
     if wants_graph and not has_graph and found.rows > CHANGED_IN_PLACE * rows:
         # While a corpus is loaded source by source, the last large load builds the graph over all of it.
-        still_missing = missing_texts(connection, release.name, before or _NO_VECTORS) - found.rows
-        wants_graph = still_missing <= CHANGED_IN_PLACE * rows
+        missing = missing_texts(
+            connection, release.name, str(release.chunking), before or NO_VECTORS, loading=True
+        )
+        wants_graph = missing - found.rows <= CHANGED_IN_PLACE * rows
     many = has_graph and found.rows > CHANGED_IN_PLACE * rows
     if before != release_table(release.name) or wants_graph != has_graph or many:
         return _build(connection, release, before, found, graph=wants_graph)
@@ -439,7 +481,7 @@ def _is_live(connection: Connection, release: str, follow: bool, after: str | No
 
 
 def _note_failures(
-    connection: Connection, source: str, release: str, table: sql.Identifier, folder: Path
+    connection: Connection, source: str, release: Release, table: sql.Identifier, folder: Path
 ) -> int:
     """Take over what the embedder notes of texts it refused; how many of the source's texts are among them."""
     path = folder / protocol.FAILURES_FILE
@@ -449,7 +491,7 @@ def _note_failures(
             "delete from retrieval.embedding_failure f using retrieval.passage p join {} v using (passage_no)"
             " where f.release = %s and p.content_hash = f.content_hash"
         ).format(table),
-        [release],
+        [release.name],
     )
     if rows:
         connection.execute(
@@ -463,7 +505,7 @@ def _note_failures(
                 " attempts = excluded.attempts, next_attempt_at = excluded.next_attempt_at"
             ).format(table),
             [
-                release,
+                release.name,
                 *(
                     [row[name] for row in rows]
                     for name in (
@@ -478,8 +520,8 @@ def _note_failures(
     return _one(
         connection,
         "select count(*) from retrieval.embedding_failure f where release = %s and exists"
-        " (select from corpus.chunk c where c.source = %s and c.content_hash = f.content_hash)",
-        [release, source],
+        " (select from corpus.piece c where c.source = %s and c.chunking = %s and c.content_hash = f.content_hash)",
+        [release.name, source, str(release.chunking)],
     )
 
 
@@ -487,7 +529,7 @@ def _count(connection: Connection, table: sql.Identifier) -> int:
     return _one(connection, sql.SQL("select count(*) from {}").format(table), [])
 
 
-def _one(connection: Connection, query: Any, parameters: list[Any]) -> int:
+def _one(connection: Connection, query: Any, parameters: Any) -> int:
     row = connection.execute(query, parameters).fetchone()
     assert row is not None
     return int(row[0])

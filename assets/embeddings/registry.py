@@ -1,9 +1,10 @@
 """Which embedding release is live, and how that changes: promotion, rollback, and the record of both.
 
-A release is a table of vectors, ``retrieval.release_<name>``, and a row in ``registry.embedding_release``.
-``retrieval.live`` is a view over the table that is searched; promoting and rolling back move the view, in one
-transaction, under readers. Belongs here: that view and those rows. Does not belong here: loading vectors (index),
-deciding whether a candidate is good enough (checks), Dagster.
+A release is a table of vectors, ``retrieval.release_<name>``, and a row in ``registry.embedding_release``, which says
+whose chunks it embeds. ``retrieval.live`` is a view over the table that is searched, ``corpus.chunk`` one over the
+chunks; promoting and rolling back move both, in one transaction, under readers. Belongs here: moving them, and those
+rows. Does not belong here: loading vectors (index), cutting (assets.documents), deciding whether a candidate is good
+enough (checks), Dagster.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import psycopg
 from psycopg import sql
 from psycopg.types.json import Jsonb
 
-from assets.embeddings.release import Release, current_release, vectors_of
+from assets.documents.chunk import DEFAULT_CHUNKING, Chunking
+from assets.documents.chunkings import STALE, forget_unused_chunkings, show_chunking
+from assets.embeddings.release import Release, Setting, current_release, vectors_of
 
 Connection = psycopg.Connection[Any]
 
@@ -40,9 +43,8 @@ KEY = "passage"
 # Of one release, by its name.
 LOAD_LOCK = "hashtext('release ' || %s)"
 
-RELEASE_ROWS = (
-    "select v.passage_no, p.content_hash, v.embedding from {} v join retrieval.passage p using (passage_no)"
-)
+NO_VECTORS = sql.SQL("(select null::int as passage_no where false)")
+RELEASE_ROWS = "select v.passage_no, p.content_hash, v.embedding from {} v left join retrieval.passage p using (passage_no)"
 
 
 class ReleaseError(Exception):
@@ -62,12 +64,14 @@ class LiveRelease:
         model_folder: Folder of the model that questions must be embedded with; None for the installed one.
         dimensions: Length of a vector.
         vectors: The embedder's name for the model: what ``current_release(model_folder).vectors`` must be.
+        chunking: Whose chunks it embeds.
     """
 
     name: str
     model_folder: Path | None
     dimensions: int
     vectors: str
+    chunking: Chunking = DEFAULT_CHUNKING
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class ReleaseState:
         state: ``candidate``, ``live`` or ``retired``.
         vectors: Rows of its table.
         missing: Texts that may be retrieved and that it has no vector of.
+        uncut: Documents that may be retrieved and that its chunking has no chunks of, or only of an earlier text.
         checks: Newest outcome by name: ``passed`` and the figures.
         current: Whether the checks were run after the newest load.
     """
@@ -102,8 +107,10 @@ class ReleaseState:
     created_at: datetime
     loaded_at: datetime | None
     retired_at: datetime | None
+    chunking: Chunking
     vectors: int
     missing: int
+    uncut: int
     checks: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     current: bool = False
 
@@ -119,6 +126,7 @@ class ReleaseState:
             [f"check {name} was not run" for name in never]
             + [f"check {name} did not pass" for name in failed]
             + ([f"{self.missing:,} texts have no vector in it by now"] if self.missing else [])
+            + ([f"{self.uncut:,} documents are not cut for it by now"] if self.uncut else [])
         )
 
 
@@ -134,13 +142,39 @@ def has_table(connection: Connection, name: str) -> bool:
 
 def find_live(connection: Connection) -> LiveRelease | None:
     """The release that searches use; None when none is."""
+    return _known(connection, "live")
+
+
+def built_release(connection: Connection, name: str | None = None) -> LiveRelease:
+    """The release of that name, live or not; without a name the live one.
+
+    Raises:
+        ReleaseError: It was not built, or has no vectors yet; NotLive, where none is live.
+    """
+    if name is None:
+        return live_release(connection)
+    found = _known(connection, "release = %s", [name])
+    if found is None:
+        raise _unknown(connection, name)
+    if not has_table(connection, name):
+        raise ReleaseError(
+            f"release {name} has no vectors yet: materialize candidate/index for every source first"
+        )
+    return found
+
+
+def _known(connection: Connection, condition: str, parameters: Sequence[str] = ()) -> LiveRelease | None:
     row = connection.execute(
-        "select release, model, dimensions, fingerprint from registry.embedding_release where live"
+        "select release, model, dimensions, fingerprint, chunking from registry.embedding_release"
+        f" where {condition}".encode(),
+        parameters,
     ).fetchone()
     if row is None:
         return None
-    name, model, dimensions, fingerprint = row
-    return LiveRelease(name, Path(model) if model else None, dimensions, vectors_of(fingerprint))
+    name, model, dimensions, fingerprint, chunking = row
+    return LiveRelease(
+        name, Path(model) if model else None, dimensions, vectors_of(fingerprint), Chunking.parse(chunking)
+    )
 
 
 def live_release(connection: Connection) -> LiveRelease:
@@ -155,12 +189,13 @@ def live_release(connection: Connection) -> LiveRelease:
     return live
 
 
-def chain_release(connection: Connection, setting: Path | None) -> Chain:
-    """The release that the assets feed: the live one's model goes on being served until another is promoted.
+def chain_release(connection: Connection, setting: Setting) -> Chain:
+    """The release that the assets feed: the live one's model and chunking go on being served until another is promoted.
 
-    ``setting`` (EMBEDDING_MODEL) decides while nothing is live, says where the live model lies if it moved, and is
-    otherwise not followed. The release differs from the live one where chunks are cut differently by now, or where the
-    live one's folder holds another model: the live one can be fed no more, and its successor goes live by itself.
+    ``setting`` (EMBEDDING_MODEL, DATAMOAT_CHUNKING) decides while nothing is live, says where the live model lies if it
+    moved, and is otherwise not followed. The release differs from the live one where the code cuts chunks differently
+    by now, or where the live one's folder holds another model: the live one can be fed no more, and its successor goes
+    live by itself.
 
     Raises:
         EmbedderError: The model that EMBEDDING_MODEL names cannot be read.
@@ -170,13 +205,19 @@ def chain_release(connection: Connection, setting: Path | None) -> Chain:
 
     live = find_live(connection)
     if live is None:
-        return Chain(current_release(setting), None)
+        return Chain(current_release(setting.model, setting.chunking or DEFAULT_CHUNKING), None)
     notes = []
-    if setting == live.model_folder:
-        release = current_release(setting)
+    if setting.chunking not in (None, live.chunking):
+        notes.append(
+            f"DATAMOAT_CHUNKING is {setting.chunking} while {live.name}, which is live, has chunks of {live.chunking}:"
+            " this run goes on cutting as the live one does. To change that, set DATAMOAT_CHUNKING_CANDIDATE,"
+            " materialize candidate/*, and run 'moat release promote'"
+        )
+    if setting.model == live.model_folder:
+        release = current_release(setting.model, live.chunking)
     else:
         try:
-            asked = current_release(setting)
+            asked = current_release(setting.model, live.chunking)
             note = (
                 f"EMBEDDING_MODEL makes release {asked.name} while {live.name} is live: this run goes on feeding the"
                 " live one. To change the model, set EMBEDDING_CANDIDATE to its folder, materialize candidate/*, and"
@@ -188,10 +229,10 @@ def chain_release(connection: Connection, setting: Path | None) -> Chain:
         if asked is not None and asked.vectors == live.vectors:
             release = asked
         else:
-            if setting is not None:
+            if setting.model is not None:
                 notes.append(note)
             try:
-                release = current_release(live.model_folder)
+                release = current_release(live.model_folder, live.chunking)
             except EmbedderError as error:
                 raise NotLive(
                     f"the model of the live release {live.name} cannot be read ({error}): put it back, or set"
@@ -210,13 +251,34 @@ def chain_release(connection: Connection, setting: Path | None) -> Chain:
     return Chain(release, live.name, tuple(notes))
 
 
+def candidate_release(connection: Connection, candidate: Setting, setting: Setting) -> Release:
+    """The release that ``candidate`` asks for (EMBEDDING_CANDIDATE, DATAMOAT_CHUNKING_CANDIDATE): what it leaves open is
+    as in the release that the assets feed.
+
+    Raises:
+        EmbedderError: Its model cannot be read.
+        NotLive: It takes the live release's model, which cannot be read.
+    """
+    live = find_live(connection)
+    chunking = candidate.chunking or (live.chunking if live else setting.chunking) or DEFAULT_CHUNKING
+    if candidate.model is not None:
+        return current_release(candidate.model, chunking)
+    return current_release(chain_release(connection, setting).release.model, chunking)
+
+
 def register(connection: Connection, release: Release) -> None:
     """Make the release known, or take note that its model lies elsewhere now."""
     connection.execute(
-        "insert into registry.embedding_release as r (release, fingerprint, dimensions, model)"
-        " values (%s, %s, %s, %s)"
+        "insert into registry.embedding_release as r (release, fingerprint, dimensions, model, chunking)"
+        " values (%s, %s, %s, %s, %s)"
         " on conflict (release) do update set model = excluded.model where r.model is distinct from excluded.model",
-        [release.name, Jsonb(dict(release.fingerprint)), release.dimensions, _text(release.model)],
+        [
+            release.name,
+            Jsonb(dict(release.fingerprint)),
+            release.dimensions,
+            _text(release.model),
+            str(release.chunking),
+        ],
     )
 
 
@@ -238,28 +300,33 @@ def releases(connection: Connection, only: str | None = None) -> list[ReleaseSta
     Counts vectors and missing texts, which takes a second for a million.
     """
     rows = connection.execute(
-        "select release, state, model, dimensions, created_at, loaded_at, retired_at, checks,"
+        "select release, state, model, dimensions, created_at, loaded_at, retired_at, chunking, checks,"
         " coalesce(checked_at >= loaded_at, false) from registry.embedding_release"
         " where %(only)s::text is null or release = %(only)s order by created_at, release",
         {"only": only},
     ).fetchall()
-    return [
-        ReleaseState(
-            name,
-            state,
-            Path(model) if model else None,
-            dimensions,
-            created_at,
-            loaded_at,
-            retired_at,
-            int(_value(connection, sql.SQL("select count(*) from {}").format(release_table(name)), [])),
-            missing_texts(connection, name),
-            checks,
-            current,
+    found = []
+    for name, state, model, dimensions, created_at, loaded_at, retired_at, chunking, checks, current in rows:
+        # Of a candidate whose documents are being cut there is none yet.
+        table = release_table(name) if has_table(connection, name) else NO_VECTORS
+        found.append(
+            ReleaseState(
+                name,
+                state,
+                Path(model) if model else None,
+                dimensions,
+                created_at,
+                loaded_at,
+                retired_at,
+                Chunking.parse(chunking),
+                int(_value(connection, sql.SQL("select count(*) from {} v").format(table), [])),
+                missing_texts(connection, name, chunking, table),
+                _uncut(connection, chunking),
+                checks,
+                current,
+            )
         )
-        for name, state, model, dimensions, created_at, loaded_at, retired_at, checks, current in rows
-        if has_table(connection, name)
-    ]
+    return found
 
 
 def find_release(connection: Connection, name: str) -> ReleaseState:
@@ -270,44 +337,55 @@ def find_release(connection: Connection, name: str) -> ReleaseState:
     """
     found = releases(connection, name)
     if not found:
-        known = connection.execute(
-            "select release from registry.embedding_release order by created_at, release"
-        )
-        names = ", ".join(row[0] for row in known) or "none, for none is built"
-        raise ReleaseError(f"there is no release {name}: take one of {names}")
+        raise _unknown(connection, name)
     return found[0]
 
 
-def missing_texts(connection: Connection, name: str, table: sql.Composable | None = None) -> int:
+def _unknown(connection: Connection, name: str) -> ReleaseError:
+    known = connection.execute("select release from registry.embedding_release order by created_at, release")
+    names = ", ".join(row[0] for row in known) or "none, for none is built"
+    return ReleaseError(f"there is no release {name}: take one of {names}")
+
+
+def missing_texts(
+    connection: Connection, name: str, chunking: str, table: sql.Composable, *, loading: bool = False
+) -> int:
     """Texts of sources that may be retrieved without a vector in this release.
 
     A text that was refused here and has no vector in the live release either loses nothing, and does not count.
 
     Args:
-        table: For a load: where its vectors are so far. The live release is not looked at then, for who moves the view
-            would wait for the end of the load; no refused text counts.
+        chunking: Whose chunks it embeds.
+        table: Where its vectors are so far.
+        loading: The live release is not looked at, for who moves the view would wait for the end of the load; no
+            refused text counts.
     """
     or_live = (
         " and not exists (select from retrieval.live l where l.passage_no = p.passage_no)"
-        if table is None and _view_exists(connection)
+        if not loading and _view_exists(connection)
         else ""
     )
-    forgiven = sql.SQL(
+    statement = sql.SQL(
+        "select count(*) from retrieval.passage p where exists (select from corpus.piece c"
+        " join registry.source s using (source)"
+        " where c.passage_no = p.passage_no and c.chunking = {chunking} and 'rag' = any(s.allowed_uses))"
+        " and not exists (select from {table} v where v.passage_no = p.passage_no)"
         " and not (exists (select from retrieval.embedding_failure f"
-        f" where f.release = {{}} and f.content_hash = p.content_hash){or_live})"
-    ).format(sql.Literal(name))
-    return int(
-        _value(
-            connection,
-            sql.SQL(
-                "select count(*) from retrieval.passage p where exists (select from corpus.chunk c"
-                " join registry.source s using (source)"
-                " where c.content_hash = p.content_hash and 'rag' = any(s.allowed_uses))"
-                " and not exists (select from {} v where v.passage_no = p.passage_no){}"
-            ).format(table or release_table(name), forgiven),
-            [],
-        )
+        f" where f.release = {{release}} and f.content_hash = p.content_hash){or_live})"
+    ).format(chunking=sql.Literal(chunking), table=table, release=sql.Literal(name))
+    return int(_value(connection, statement, []))
+
+
+def _uncut(connection: Connection, chunking: str) -> int:
+    """Documents that are cut as is live, and not by ``chunking``, or only an earlier text of theirs."""
+    statement = (
+        "select count(*) from corpus.document d join registry.source s using (source)"
+        " where 'rag' = any(s.allowed_uses) and exists (select from corpus.chunk c"
+        " where c.document_id = d.document_id and c.chunker <> %(stale)s)"
+        " and not exists (select from corpus.piece c where c.document_id = d.document_id"
+        " and c.chunker <> %(stale)s and c.chunking = %(chunking)s)"
     )
+    return int(_value(connection, statement, {"chunking": chunking, "stale": STALE}))
 
 
 def promote(connection: Connection, release: str, who: str, why: str, force: bool = False) -> ReleaseState:
@@ -329,6 +407,7 @@ def promote(connection: Connection, release: str, who: str, why: str, force: boo
         if chosen.state == "live":
             raise ReleaseError(f"release {release} is live already")
         objections = chosen.objections()
+        built_release(connection, release)
         if objections and not force:
             raise ReleaseError(
                 f"release {release} may not be promoted: {'; '.join(objections)}. Materialize candidate/release (or run"
@@ -364,17 +443,20 @@ def rollback(connection: Connection, who: str, why: str) -> str:
 def move(
     connection: Connection, action: str, release: str, who: str, why: str, *, forced: bool = False
 ) -> None:
-    """Point the view at ``release`` and write down who did it, and why; in the caller's transaction."""
+    """Point the views at ``release`` and write down who did it, and why; in the caller's transaction."""
     if not who.strip() or not why.strip():
         raise ReleaseError("say who moves the index and why: both are kept in registry.promotion")
     live = find_live(connection)
     row = connection.execute(
-        "select dimensions, checks from registry.embedding_release where release = %s", [release]
+        "select dimensions, chunking, checks from registry.embedding_release where release = %s", [release]
     ).fetchone()
     assert row is not None
-    dimensions, checks = row
+    dimensions, chunking, checks = row
 
     def point() -> None:
+        # In the order in which a search reads them.
+        if live is None or str(live.chunking) != chunking:
+            show_chunking(connection, chunking)
         # A view's columns cannot change their type in place, and the dimension is part of it.
         point_view(connection, release_table(release), anew=live is None or live.dimensions != dimensions)
 
@@ -394,9 +476,9 @@ def move(
 
 
 def drop(connection: Connection, release: str) -> None:
-    """Delete a release's table and its row; its vectors stay in the lake, and its promotions in the record.
+    """Delete a release's table and its row, and the chunks that no other release needs.
 
-    A load of it that is under way is waited for.
+    Its vectors stay in the lake, and its promotions in the record. A load of it that is under way is waited for.
 
     Raises:
         ReleaseError: It does not exist or is live.
@@ -409,6 +491,8 @@ def drop(connection: Connection, release: str) -> None:
         patiently(connection, lambda: retire_table(connection, release))
         connection.execute("delete from registry.embedding_release where release = %s", [release])
     drop_retired_tables(connection)
+    # In a transaction of its own, for it may take minutes; what a kill leaves, the weekly upkeep takes up.
+    forget_unused_chunkings(connection)
 
 
 def retired_longer_than(connection: Connection, days: float) -> list[str]:
@@ -537,7 +621,7 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _value(connection: Connection, query: Any, parameters: Sequence[Any]) -> Any:
+def _value(connection: Connection, query: Any, parameters: Sequence[Any] | Mapping[str, Any]) -> Any:
     row = connection.execute(query, parameters).fetchone()
     assert row is not None
     return row[0]

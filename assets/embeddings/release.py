@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from assets.documents.chunk import CHUNKER
+from assets.documents.chunk import DEFAULT_CHUNKING, Chunking
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Release:
         dimensions: Length of a vector.
         vectors: The embedder's own name for the model's part of the fingerprint; equal ones may be compared.
         model: Folder of the model; None for the installed one.
+        chunking: Whose chunks it embeds.
     """
 
     name: str
@@ -33,14 +34,32 @@ class Release:
     dimensions: int
     vectors: str
     model: Path | None = None
+    chunking: Chunking = DEFAULT_CHUNKING
 
     def folder(self, lake: Path) -> Path:
         """Where the release's vectors lie in the lake."""
         return lake / "embeddings" / "vectors" / self.vectors
 
 
-def current_release(model: Path | None) -> Release:
-    """The release that ``model`` (a folder; None for the installed model) makes with today's chunker.
+@dataclass(frozen=True)
+class Setting:
+    """What the settings ask of a release.
+
+    Attributes:
+        model: Folder of the model. None: the installed one, or, for a candidate, the live release's.
+        chunking: None: the default, or, for a candidate, the live release's.
+    """
+
+    model: Path | None = None
+    chunking: Chunking | None = None
+
+    def __bool__(self) -> bool:
+        """Whether anything is asked for."""
+        return self.model is not None or self.chunking is not None
+
+
+def current_release(model: Path | None, chunking: Chunking = DEFAULT_CHUNKING) -> Release:
+    """The release that ``model`` (a folder; None for the installed model) makes of chunks that today's code cuts.
 
     Raises:
         EmbedderError: The folder holds no model that can be read.
@@ -48,9 +67,9 @@ def current_release(model: Path | None) -> Release:
     from embedder.model import open_model
 
     described = open_model(model)
-    fingerprint = {**described.fingerprint(), "chunker": CHUNKER}
+    fingerprint = {**described.fingerprint(), "chunker": chunking.name}
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()
-    return Release(digest[:12], fingerprint, described.dimensions, described.release(), model)
+    return Release(digest[:12], fingerprint, described.dimensions, described.release(), model, chunking)
 
 
 def vectors_of(fingerprint: Mapping[str, Any]) -> str:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import psycopg
-from psycopg import sql
 
+from assets.embeddings.registry import built_release
 from assets.evaluation.golden import Golden, Unscored, read_golden
 from assets.evaluation.retrieval import (
     HEADLINE,
@@ -23,7 +23,7 @@ from assets.evaluation.retrieval import (
     last_recorded,
     record,
 )
-from assets.evaluation.runs import Mode, built_release, question_vectors, search_function, search_run
+from assets.evaluation.runs import Index, Mode, index_of, question_vectors, search_run
 from assets.sources.contract import Contract
 
 Connection = psycopg.Connection[Any]
@@ -81,9 +81,9 @@ def evaluate_golden(
     vectors = None
     if golden.queries and {*modes} != {"text"}:
         vectors = question_vectors(built, list(golden.queries.values()))
-    with search_function(connection, built.name) as function:
+    with index_of(connection, built) as index:
         return [
-            _evaluation(connection, golden, built.name, mode, None if mode == "text" else vectors, function)
+            _evaluation(connection, golden, built.name, mode, None if mode == "text" else vectors, index)
             for mode in modes
         ]
 
@@ -154,9 +154,9 @@ def _evaluation(
     release: str,
     mode: Mode,
     vectors: Any,
-    function: sql.Composable,
+    index: Index,
 ) -> Evaluation:
-    run = search_run(connection, golden, vectors, mode, function)
+    run = search_run(connection, golden, vectors, mode, index)
     return Evaluation(
         golden.source,
         release,

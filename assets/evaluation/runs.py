@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import psycopg
@@ -17,16 +17,7 @@ from psycopg import sql
 from psycopg.pq import TransactionStatus
 from psycopg.types.json import Jsonb
 
-from assets.embeddings.registry import (
-    RELEASE_ROWS,
-    LiveRelease,
-    ReleaseError,
-    find_live,
-    has_table,
-    live_release,
-    release_table,
-)
-from assets.embeddings.release import vectors_of
+from assets.embeddings.registry import RELEASE_ROWS, LiveRelease, ReleaseError, find_live, release_table
 from assets.evaluation.golden import Golden, Place, ranking
 
 if TYPE_CHECKING:
@@ -41,37 +32,35 @@ DEPTH = 100
 CROWDED = 2
 MOST = 1000  # passages a search returns
 
-_LIVE = "retrieval.live"
 _SEARCH = "retrieval.search"
 _COPY = "pg_temp.search"
 
 
-def built_release(connection: Connection, name: str | None = None) -> LiveRelease:
-    """The release of that name, live or not; without a name the live one.
+@dataclass(frozen=True)
+class Index:
+    """What answers for a release: the search function, and the chunks it finds.
 
-    Raises:
-        ReleaseError: It was not built; NotLive, where none is live.
+    Attributes:
+        function: Called as ``retrieval.search``.
+        chunks: A table or subquery with the columns of ``corpus.chunk``.
     """
-    if name is None:
-        return live_release(connection)
-    row = connection.execute(
-        "select model, dimensions, fingerprint from registry.embedding_release where release = %s", [name]
-    ).fetchone()
-    if row is None or not has_table(connection, name):
-        raise ReleaseError(f"there is no release {name}: 'moat release list' says which there are")
-    model, dimensions, fingerprint = row
-    return LiveRelease(name, Path(model) if model else None, dimensions, vectors_of(fingerprint))
+
+    function: sql.Composable
+    chunks: sql.Composable
+
+
+LIVE = Index(sql.SQL(_SEARCH), sql.SQL("corpus.chunk"))
 
 
 @contextmanager
-def search_function(connection: Connection, release: str) -> Iterator[sql.Composable]:
-    """The name of the function that searches ``release``: ``retrieval.search`` for the live one, else a copy of it.
+def index_of(connection: Connection, release: LiveRelease) -> Iterator[Index]:
+    """What answers for ``release``: for the live one ``retrieval.search``, else a copy of it.
 
-    The copy is this connection's alone: the same statements over the release's table in place of the live view. It
-    depends on no table, so that a release can be dropped or replaced meanwhile.
+    The copy is this connection's alone: the same statements over the release's table and chunking in place of the live
+    ones. It depends on no table, so that a release can be dropped or replaced meanwhile.
 
     Raises:
-        ReleaseError: The search function does not read the live view, so that it cannot be told to read another.
+        ReleaseError: The search function does not read the live views, so that it cannot be told to read others.
     """
     with connection.transaction():
         live = find_live(connection)
@@ -79,18 +68,24 @@ def search_function(connection: Connection, release: str) -> Iterator[sql.Compos
             "select pg_get_functiondef(oid) from pg_proc"
             " where pronamespace = 'retrieval'::regnamespace and proname = 'search'"
         ).fetchone()
-    if live is not None and live.name == release:
-        yield sql.SQL(_SEARCH)
+    if live is not None and live.name == release.name:
+        yield LIVE
         return
     definition = "" if row is None else str(row[0])
-    if _LIVE not in definition or f"FUNCTION {_SEARCH}(" not in definition:
-        raise ReleaseError(f"{_SEARCH} does not read {_LIVE}: only the live release can be measured")
-    rows = sql.SQL(f"({RELEASE_ROWS})").format(release_table(release)).as_string(connection)
-    definition = definition.replace(f"FUNCTION {_SEARCH}(", f"FUNCTION {_COPY}(").replace(_LIVE, rows)
+    chunking = sql.Literal(str(release.chunking))
+    for name, instead in (
+        (f"FUNCTION {_SEARCH}(", sql.SQL(f"FUNCTION {_COPY}(")),
+        ("retrieval.live", sql.SQL(f"({RELEASE_ROWS})").format(release_table(release.name))),
+        ("corpus.live_chunking", sql.SQL("(select {}::text as chunking)").format(chunking)),
+    ):
+        if name not in definition:
+            raise ReleaseError(f"{_SEARCH} does not read {name}: only the live release can be measured")
+        definition = definition.replace(name, instead.as_string(connection))
     with connection.transaction():
         connection.execute(definition.encode())
     try:
-        yield sql.SQL(_COPY)
+        chunks = sql.SQL("(select * from corpus.piece where chunking = {})").format(chunking)
+        yield Index(sql.SQL(_COPY), chunks)
     finally:
         # A transaction that failed takes the copy with it, and so does a connection that is lost.
         if connection.info.transaction_status in (TransactionStatus.IDLE, TransactionStatus.INTRANS):
@@ -121,7 +116,7 @@ def search_run(
     golden: Golden,
     vectors: NDArray[np.float32] | None,
     mode: Mode,
-    function: sql.Composable | None = None,
+    index: Index = LIVE,
     k: int = DEPTH,
 ) -> dict[str, dict[str, float]]:
     """Question id -> the k best of what was found for it, with scores; see ``ranking``.
@@ -130,13 +125,13 @@ def search_run(
 
     Args:
         vectors: Of ``golden.queries``, in order; may be None in mode text.
-        function: What ``search_function`` gave; None searches the live release.
+        index: What ``index_of`` gave.
     """
     statement = sql.SQL(
         "select s.ordinality, s.score, c.chunk_id, c.document_id, c.start_char, c.end_char"
-        " from {}(%s, %s::halfvec, %s, %s, %s) with ordinality s join corpus.chunk h using (chunk_id)"
-        " join corpus.chunk c on c.content_hash = h.content_hash and c.source = h.source order by 1, c.chunk_id"
-    ).format(function or sql.SQL(_SEARCH))
+        " from {function}(%s, %s::halfvec, %s, %s, %s) with ordinality s join {chunks} h using (chunk_id)"
+        " join {chunks} c on c.content_hash = h.content_hash and c.source = h.source order by 1, c.chunk_id"
+    ).format(function=index.function, chunks=index.chunks)
     source = Jsonb({"source": golden.document_source})
     run: dict[str, dict[str, float]] = {}
     for place, (qid, question) in enumerate(golden.queries.items()):

@@ -1,16 +1,20 @@
 """A candidate release in the graph: partitioned by source, its gate the release as a whole, never by itself."""
 
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pytest
 
+from assets.documents.chunk import Chunking
 from assets.embeddings.checks import CANDIDATE_CHECKS, INDEX_CHECKS
 from assets.embeddings.launch import JobRequest
 from orchestration.build import build_defs
 from orchestration.settings import Settings
 
-CANDIDATE = {dg.AssetKey(["candidate", name]) for name in ("vectors", "index", "release")}
+CANDIDATE = {dg.AssetKey(["candidate", name]) for name in ("chunks", "vectors", "index", "release")}
 
 
 @pytest.fixture(scope="module")
@@ -33,13 +37,16 @@ def defs(with_candidate: Settings) -> dg.Definitions:
 def test_it_is_partitioned_by_source_and_waits_for_a_person(defs: dg.Definitions) -> None:
     graph = defs.resolve_asset_graph()
     indexed = {key.path[1] for key in graph.materializable_asset_keys if key.path[0] == "index"}
-    for name in ("vectors", "index"):
+    for name in ("chunks", "vectors", "index"):
         definition = graph.get(dg.AssetKey(["candidate", name])).partitions_def
         assert isinstance(definition, dg.StaticPartitionsDefinition)
         assert set(definition.get_partition_keys()) == indexed
     assert graph.get(dg.AssetKey(["candidate", "release"])).partitions_def is None
+    assert graph.get(dg.AssetKey(["candidate", "chunks"])).parent_keys == {
+        dg.AssetKey(["documents", source]) for source in indexed
+    }
     assert graph.get(dg.AssetKey(["candidate", "vectors"])).parent_keys == {
-        dg.AssetKey(["embedding_dataset", source]) for source in indexed
+        dg.AssetKey(["candidate", "chunks"])
     }
     assert not [key for key in CANDIDATE if graph.get(key).automation_condition]
     for job in ("corpus", "embed"):
@@ -57,6 +64,11 @@ def test_every_index_has_its_checks(defs: dg.Definitions) -> None:
             )
 
 
+def test_other_chunks_make_a_candidate_too(settings: Settings) -> None:
+    cut = replace(settings, chunking_candidate=Chunking.parse("100-300/80"))
+    assert build_defs(cut).resolve_asset_graph().materializable_asset_keys >= CANDIDATE
+
+
 def test_without_a_candidate_there_is_none(settings: Settings) -> None:
     graph = build_defs(settings).resolve_asset_graph()
     assert not CANDIDATE & graph.materializable_asset_keys
@@ -71,7 +83,7 @@ def test_one_source_of_the_candidate_is_embedded_with_its_model_and_budget(
     with_candidate: Settings, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from assets.embeddings import assets
-    from assets.embeddings.release import Release
+    from assets.embeddings.release import Release, Setting
 
     asked: list[JobRequest] = []
 
@@ -85,8 +97,17 @@ def test_one_source_of_the_candidate_is_embedded_with_its_model_and_budget(
     class Warehouse:
         lake = tmp_path
 
-    monkeypatch.setattr(assets, "current_release", lambda model: Release("b", {}, 8, "other", model))
-    monkeypatch.setattr(assets, "current_dataset", lambda source, lake: lake / source)
+        def connect(self, _: str) -> Any:
+            return nullcontext()
+
+    def candidate_release(_: Any, candidate: Setting, setting: Setting) -> Release:
+        assert setting == Setting()
+        return Release("b", {}, 8, "other", candidate.model, Chunking(100, 300, 80))
+
+    monkeypatch.setattr(assets, "candidate_release", candidate_release)
+    monkeypatch.setattr(
+        assets, "current_dataset", lambda source, lake, chunking: lake / source / str(chunking)
+    )
     defs = build_defs(with_candidate, {"launcher": Launcher(), "warehouse": Warehouse()})
     with dg.instance_for_test() as instance:
         result = defs.resolve_implicit_global_asset_job_def().execute_in_process(
@@ -97,4 +118,4 @@ def test_one_source_of_the_candidate_is_embedded_with_its_model_and_budget(
     assert result.success
     options = ("--price-per-hour", "3.5", "--max-cost", "20")
     folder = tmp_path / "embeddings" / "vectors" / "other"
-    assert asked == [JobRequest(tmp_path / "handbook", folder, Path("/models/other"), options)]
+    assert asked == [JobRequest(tmp_path / "handbook" / "100-300/80", folder, Path("/models/other"), options)]

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from assets.documents.chunk import DEFAULT_CHUNKING, Chunking
 from assets.embeddings.index import IndexReport, load_vectors, refresh_passages
 from assets.embeddings.release import Release
 from embedder import protocol
@@ -25,9 +26,15 @@ Connection = psycopg.Connection[Any]
 DIMENSIONS = 8
 
 
-def release(name: str, dimensions: int = DIMENSIONS, model: str | None = None) -> Release:
+def release(
+    name: str,
+    dimensions: int = DIMENSIONS,
+    model: str | None = None,
+    chunking: Chunking = DEFAULT_CHUNKING,
+) -> Release:
     """A release of a model of its own, or of ``model``."""
-    return Release(name, {"model": model or name, "chunker": name}, dimensions, model or name)
+    fingerprint = {"model": model or name, "chunker": name}
+    return Release(name, fingerprint, dimensions, model or name, chunking=chunking)
 
 
 def vector_of(text: str, seed: int = 1, dimensions: int = DIMENSIONS) -> NDArray[np.float32]:
@@ -54,9 +61,12 @@ def add(conn: Connection, source: str, texts: Iterable[str], uses: str = "{rag}"
             rows,
         )
         cursor.executemany(
-            "insert into corpus.chunk (chunk_id, document_id, source, ordinal, start_char, end_char, text,"
-            " content_hash, chunker) values (%s, %s, %s, 0, 0, 4, %s, %s, '1')",
-            [(document, document, source, text, text) for document, source, text in rows],
+            "insert into corpus.piece (chunking, chunk_id, document_id, source, ordinal, start_char, end_char, text,"
+            " content_hash, chunker) values (%s, %s, %s, %s, 0, 0, 4, %s, %s, '1')",
+            [
+                (str(DEFAULT_CHUNKING), document, document, source, text, text)
+                for document, source, text in rows
+            ],
         )
 
 

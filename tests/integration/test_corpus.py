@@ -13,7 +13,7 @@ import pytest
 from psycopg import sql
 
 from assets.documents import corpus, redact
-from assets.documents.chunk import CHUNKER, embedded_text
+from assets.documents.chunk import DEFAULT_CHUNKING, embedded_text
 from assets.documents.corpus import DocumentCounts, feedback_texts, refresh_chunks, refresh_documents
 from assets.documents.parse import Parsed, ParseError, Parser
 from assets.documents.redact import Redactor, redact_texts
@@ -340,7 +340,7 @@ def test_chunks_are_pieces_of_their_documents(conn: Connection, source: str) -> 
     found = chunks(conn, source)
     assert (counts.documents, counts.rechunked, counts.chunks, counts.deleted) == (3, 3, len(found), 0)
     assert all(row[-1] for row in found)
-    assert {row[8] for row in found} == {CHUNKER}
+    assert {row[8] for row in found} == {DEFAULT_CHUNKING.name}
     read = [embedded_text(row[7], row[5]) for row in found]
     assert any(text != row[5] for text, row in zip(read, found, strict=True))
     assert [hashlib.sha256(text.encode()).hexdigest() for text in read] == [row[6] for row in found]
@@ -370,9 +370,11 @@ def test_another_chunker_cuts_all_anew(
     land(conn, source, HANDBOOK)
     refresh(conn, source)
     refresh_chunks(conn, source)
-    monkeypatch.setattr(corpus, "CHUNKER", "another/2")
+    monkeypatch.setattr("assets.documents.chunk._VERSION", "new")
     assert refresh_chunks(conn, source).rechunked == 2
-    assert {row[8] for row in chunks(conn, source)} == {"another/2"}
+    assert {row[8] for row in chunks(conn, source)} == {
+        "markdown-400-1000-240-40-new+semantic-text-splitter/0.33.1"
+    }
 
 
 def test_texts_are_redacted_once_per_policy(conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,19 +14,19 @@ import pyarrow.parquet as pq
 import pytest
 from psycopg.types.json import Jsonb
 
-from assets.documents.chunk import embedded_text
+from assets.documents.chunk import DEFAULT_CHUNKING, embedded_text
 from assets.documents.corpus import refresh_chunks, refresh_documents
 from assets.documents.parse import Parser
 from assets.documents.redact import Redactor
 from assets.embeddings.index import load_vectors, refresh_passages
 from assets.embeddings.postings import refresh_postings
-from assets.embeddings.registry import ReleaseError, drop
+from assets.embeddings.registry import ReleaseError, built_release, drop
 from assets.embeddings.release import current_release
 from assets.evaluation import compare as comparing
 from assets.evaluation.compare import compare_releases, evaluate_golden, record_evaluation
 from assets.evaluation.golden import Unscored, golden_questions, read_golden
 from assets.evaluation.retrieval import METRICS, evaluate
-from assets.evaluation.runs import search_function, search_run
+from assets.evaluation.runs import index_of, search_run
 from assets.sources.contract import Column, Contract, CorpusMapping, GoldenMapping
 from embedder import protocol
 from tests.integration.releases import add, load, release, vector_of, write_shard
@@ -196,7 +196,7 @@ def two_releases(conn: Connection, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     write_shard(tmp_path / "bad", TEXTS[20:], seed=2)
     load(conn, "notes", release("good"), tmp_path / "good")
     load(conn, "notes", release("bad"), tmp_path / "bad", follow=False)
-    refresh_postings(conn)
+    refresh_postings(conn, str(DEFAULT_CHUNKING))
     conn.execute("create table raw.quiz (question text, path text)")
     with conn.cursor() as cursor:
         cursor.executemany("insert into raw.quiz values (%s, %s)", [(text, text) for text in TEXTS])
@@ -231,7 +231,8 @@ def test_a_release_that_is_not_live_is_measured_beside_the_live_one(two_releases
 
 
 def test_a_release_can_be_dropped_while_it_is_measured(two_releases: Connection, database: Any) -> None:
-    with search_function(two_releases, "bad"), database.connect() as other:
+    bad = built_release(two_releases, "bad")
+    with index_of(two_releases, bad), database.connect() as other:
         drop(other, "bad")
 
 
@@ -280,7 +281,7 @@ def test_the_index_finds_what_an_exact_search_finds(conn: Connection, tmp_path: 
         refresh_documents(conn, "passages", Redactor(b"k" * 32), parser, mapping=CorpusMapping("_id", "text"))
     refresh_chunks(conn, "passages")
     refresh_passages(conn)
-    refresh_postings(conn)
+    refresh_postings(conn, str(DEFAULT_CHUNKING))
     rows = dict(conn.execute("select content_hash, heading || '\n' || text from corpus.chunk").fetchall())
     embedder = Embedder.open(None)
     texts = [embedded_text(*text.split("\n", 1)) for text in rows.values()]

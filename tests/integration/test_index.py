@@ -1,8 +1,10 @@
 """From shards to the index: what is loaded, what leaves, and what readers notice of it."""
 
+import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -68,14 +70,28 @@ def test_chunks_are_exported_by_the_row_group(
     assert not list(tmp_path.rglob(".export.*"))
 
 
+def test_what_a_killed_export_has_left_goes_and_what_another_one_writes_stays(
+    writer: Connection, tmp_path: Path
+) -> None:
+    exported = dataset.export_chunks(writer, "notes", tmp_path)
+    for name, age in ((".export.killed", 2 * 86_400), (".export.running", 60)):
+        folder = exported.path.parent / name
+        folder.mkdir()
+        (folder / "chunks.parquet").write_bytes(b"half")
+        then = time.time() - age
+        os.utime(folder, (then, then))
+    dataset.export_chunks(writer, "notes", tmp_path)
+    assert [path.name for path in exported.path.parent.glob(".export.*")] == [".export.running"]
+
+
 def test_only_what_has_no_vector_is_loaded(conn: Connection, tmp_path: Path) -> None:
     add(conn, "notes", texts(0, 5))
     write_shard(tmp_path, texts(0, 5))
     assert (first := load(conn, "notes", A, tmp_path)).loaded == first.vectors == first.wanted == 5
     (stamp,) = conn.execute("select loaded_at from registry.embedding_release").fetchall()[0]
     conn.execute("update corpus.document set title = 'another', updated_at = now()")
-    conn.execute("update corpus.chunk set heading = 'another'")
-    conn.execute("update corpus.chunk set chunk_id = 'renamed' where content_hash = 'text 1'")
+    conn.execute("update corpus.piece set heading = 'another'")
+    conn.execute("update corpus.piece set chunk_id = 'renamed' where content_hash = 'text 1'")
     again = load(conn, "notes", A, tmp_path)
     assert (again.loaded, again.missing, again.vectors) == (0, 0, 5)
     assert conn.execute("select loaded_at from registry.embedding_release").fetchall() == [(stamp,)]
@@ -115,7 +131,7 @@ def test_long_vectors_lie_within_their_rows(conn: Connection, tmp_path: Path) ->
 def test_vectors_of_texts_that_changed_meanwhile_are_not_wanted(conn: Connection, tmp_path: Path) -> None:
     add(conn, "notes", texts(0, 4))
     write_shard(tmp_path, texts(0, 4))
-    conn.execute("update corpus.chunk set content_hash = 'new', text = 'new' where content_hash = 'text 1'")
+    conn.execute("update corpus.piece set content_hash = 'new', text = 'new' where content_hash = 'text 1'")
     conn.execute("delete from corpus.document where document_id = 'notes/text 2'")
     report = load(conn, "notes", A, tmp_path)
     assert (report.loaded, report.missing) == (2, 1)

@@ -13,11 +13,13 @@ import numpy as np
 import psycopg
 import pytest
 
+from assets.documents.chunk import Chunking
 from assets.embeddings import registry
 from assets.embeddings.checks import check_candidate, recent_questions
 from assets.embeddings.registry import (
     NotLive,
     ReleaseError,
+    candidate_release,
     chain_release,
     drop,
     find_release,
@@ -27,7 +29,7 @@ from assets.embeddings.registry import (
     retired_longer_than,
     rollback,
 )
-from assets.embeddings.release import Release
+from assets.embeddings.release import Release, Setting
 from assets.evaluation.compare import Difference
 from assets.sources.contract import load_contracts
 from embedder.protocol import EmbedderError
@@ -306,27 +308,33 @@ def test_the_chain_feeds_the_live_release(
     """What EMBEDDING_MODEL says counts while nothing is live, and where the live model lies."""
     made: dict[Path | None, Release] = {None: A, WIDE: B, Path("/moved"): A}
 
-    def current(model: Path | None) -> Release:
+    def current(model: Path | None, _: Chunking) -> Release:
         if model not in made:
             raise EmbedderError(f"{model} is not there")
         return made[model]
 
     monkeypatch.setattr(registry, "current_release", current)
     monkeypatch.setattr(registry, "vectors_of", lambda fingerprint: fingerprint["model"])
-    assert chain_release(conn, None) == registry.Chain(A, "a")
-    assert chain_release(conn, Path("/moved")).notes == ()
-    other = chain_release(conn, WIDE)
+    nothing = Setting()
+    assert chain_release(conn, nothing) == registry.Chain(A, "a")
+    assert chain_release(conn, Setting(Path("/moved"))).notes == ()
+    other = chain_release(conn, Setting(WIDE))
     assert other.release == A and "EMBEDDING_CANDIDATE" in other.notes[0] and "promote b" in other.notes[0]
-    assert "cannot be read" in chain_release(conn, Path("/nowhere")).notes[0]
+    assert "cannot be read" in chain_release(conn, Setting(Path("/nowhere"))).notes[0]
+    cut = chain_release(conn, Setting(None, Chunking(100, 200, 60)))
+    assert cut.release == A and "DATAMOAT_CHUNKING_CANDIDATE" in cut.notes[0]
+    # What a candidate leaves open is the live release's.
+    assert candidate_release(conn, Setting(WIDE), nothing) == B
+    assert candidate_release(conn, Setting(None, Chunking(100, 200, 60)), Setting(Path("/moved"))) == A
     promote(conn, "b", "me", "better", force=True)
     # Who promoted another model than the installed one knows it.
-    assert chain_release(conn, None) == registry.Chain(B, "b")
+    assert chain_release(conn, nothing) == registry.Chain(B, "b")
     del made[WIDE]
     with pytest.raises(NotLive, match="put it back"):
-        chain_release(conn, None)
+        chain_release(conn, nothing)
     # Cut differently, by the same model: another release that may follow.
     made[WIDE] = Release("b2", {"model": "b"}, 16, "b", WIDE)
-    chain = chain_release(conn, None)
+    chain = chain_release(conn, nothing)
     assert chain.release.name == "b2" and "cut differently" in chain.notes[-1]
 
 
@@ -396,7 +404,16 @@ def test_the_commands_say_what_they_did(
     commands.show_releases(settings, screen)
     commands.drop_releases(settings, screen, None, 0)
     said = stream.getvalue()
-    for part in ("none yet", "neighbours", "recall_at_10 1", "retired", "c is live", "faster", "dropped"):
+    for part in (
+        "none yet",
+        "400-1000/240",
+        "neighbours",
+        "recall_at_10 1",
+        "retired",
+        "c is live",
+        "faster",
+        "dropped",
+    ):
         assert part in " ".join(said.split()), said
 
 
@@ -416,7 +433,7 @@ def test_a_candidate_is_built_by_source_checked_and_promoted_in_dagster(
         write_shard(warehouse.lake / "a", TEXTS)
         load(conn, "handbook", A, warehouse.lake / "a")
     write_shard(B.folder(warehouse.lake), TEXTS, seed=2, dimensions=16)
-    monkeypatch.setattr(assets, "current_release", lambda _: B)
+    monkeypatch.setattr(assets, "candidate_release", lambda *_: B)
     monkeypatch.setattr(assets, "embed_questions", embed)
     monkeypatch.setattr(assets, "recent_questions", lambda *_: TEXTS[:5])
     compared: list[tuple[str, str]] = []
@@ -425,11 +442,11 @@ def test_a_candidate_is_built_by_source_checked_and_promoted_in_dagster(
         compared.append((candidate, live.name))
         return [measured(-0.1, 0.01)]
 
-    _, index, whole = assets.candidate_assets(contracts, WIDE, compare)
+    *_, index, whole = assets.candidate_assets(contracts, Setting(WIDE), compare)
     with dg.instance_for_test() as instance:
         resources = {"warehouse": warehouse}
         early = dg.materialize([whole], resources=resources, instance=instance, raise_on_error=False)
-        assert "Materialize candidate/vectors" in str(early.failure_data_for_node("candidate__release"))
+        assert "Materialize candidate/chunks" in str(early.failure_data_for_node("candidate__release"))
         assert dg.materialize(
             [index], resources=resources, instance=instance, partition_key="handbook"
         ).success

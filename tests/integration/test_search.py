@@ -3,11 +3,9 @@
 import math
 import re
 import sys
-import threading
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,134 +18,13 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from psycopg.types.json import Jsonb
 
-from assets.embeddings.postings import PostingsReport, refresh_postings
 from feedback.keys import create_key
 from orchestration import search as searching
 from orchestration.settings import Settings
 from storage.database import Database
 from storage.warehouse import WRITER
 from tests.integration.conftest import Cluster, FeedbackService
-
-Connection = psycopg.Connection[Any]
-Row = dict[str, Any]
-
-DIMENSIONS = 8
-WORDS = ["amber", "birch", "cedar", "delta", "ember", "fjord", "grove"]
-
-
-@dataclass
-class Text:
-    """A document of one chunk."""
-
-    body: str
-    source: str = "notes"
-    title: str = ""
-    heading: str = ""
-    path: str = ""
-    media_type: str = "text/plain"
-    vector: NDArray[np.float32] | None = None
-
-
-@dataclass
-class Corpus:
-    """Texts in the database, indexed by words and, where they have one, by vectors."""
-
-    conn: Connection
-    texts: dict[str, Text] = field(default_factory=dict)
-
-    def source(self, name: str, uses: str = "{rag}", language: str = "en") -> None:
-        self.conn.execute(
-            "insert into registry.source (source, version, owner, description, provenance, pii, allowed_uses, kind,"
-            " location, contract_sha256, language)"
-            " values (%s, '1', 'us', '', 'proprietary', false, %s, 'documents', '', '', %s)",
-            [name, uses, language],
-        )
-
-    def add(self, *texts: Text) -> None:
-        documents, chunks, vectors = [], [], []
-        for text in texts:
-            name = f"{text.source}/{len(self.texts):06}"
-            self.texts[name] = text
-            documents.append((name, text.source, text.path or name, text.title, text.media_type))
-            chunks.append((name, name, text.source, text.body, f"hash of {text.body}", text.heading))
-            if text.vector is not None:
-                vectors.append((f"hash of {text.body}", str(text.vector.tolist())))
-        with self.conn.cursor() as cursor:
-            cursor.executemany(
-                "insert into corpus.document (document_id, source, path, title, media_type, raw_sha256, text,"
-                " text_sha256, parser, policy, findings) values (%s, %s, %s, %s, %s, '', '', '', '', '', '{}')",
-                documents,
-            )
-            cursor.executemany(
-                "insert into corpus.chunk (chunk_id, document_id, source, ordinal, start_char, end_char, text,"
-                " content_hash, heading, chunker) values (%s, %s, %s, 0, 0, 0, %s, %s, %s, '1')",
-                chunks,
-            )
-            self.passages()
-            cursor.execute(
-                "create table if not exists retrieval.release_a (passage_no int primary key references"
-                " retrieval.passage on delete cascade, embedding halfvec(8) not null)"
-            )
-            cursor.execute(
-                "create or replace view retrieval.live as select v.passage_no, p.content_hash, v.embedding"
-                " from retrieval.release_a v join retrieval.passage p using (passage_no)"
-            )
-            cursor.executemany(
-                "insert into retrieval.release_a select passage_no, %s from retrieval.passage where content_hash = %s"
-                " on conflict do nothing",
-                [(vector, name) for name, vector in vectors],
-            )
-        refresh_postings(self.conn)
-
-    def passages(self) -> None:
-        """As the index keeps them."""
-        self.conn.execute(
-            "delete from retrieval.passage p"
-            " where not exists (select from corpus.chunk c where c.content_hash = p.content_hash)"
-        )
-        self.conn.execute(
-            "insert into retrieval.passage (content_hash) select distinct content_hash from corpus.chunk"
-            " on conflict do nothing"
-        )
-
-    def search(
-        self,
-        query: str,
-        k: int = 10,
-        mode: str = "text",
-        filter: Any = None,
-        vector: NDArray[np.float32] | None = None,
-    ) -> list[Row]:
-        with self.conn.cursor(row_factory=psycopg.rows.dict_row) as cursor:
-            return cursor.execute(
-                "select * from retrieval.search(%s, %s::halfvec, %s, %s, %s)",
-                [query, None if vector is None else str(vector.tolist()), k, mode, Jsonb(filter)],
-            ).fetchall()
-
-    def postings(self) -> list[tuple[Any, ...]]:
-        """Everything that words are found by, without the numbers that name it."""
-        return [
-            *self.conn.execute(
-                "select t.configuration, t.lexeme, t.df, h.content_hash, p.tf, p.length from retrieval.term t"
-                " left join retrieval.posting p using (term_no) left join retrieval.passage h using (passage_no)"
-                " order by 1, 2, 4"
-            ).fetchall(),
-            *self.conn.execute(
-                "select * from retrieval.text_corpus where passages > 0 order by configuration"
-            ).fetchall(),
-            *self.conn.execute(
-                "select content_hash, configuration, length, cardinality(terms) from retrieval.passage_text"
-                " join retrieval.passage using (passage_no) order by 1"
-            ).fetchall(),
-        ]
-
-    def rebuilt(self) -> list[tuple[Any, ...]]:
-        """The same, made anew from nothing."""
-        self.conn.execute(
-            "truncate retrieval.term, retrieval.posting, retrieval.passage_text, retrieval.text_corpus"
-        )
-        refresh_postings(self.conn)
-        return self.postings()
+from tests.integration.searched import DIMENSIONS, WORDS, Connection, Corpus, Row, Text, ids, unit
 
 
 @pytest.fixture
@@ -155,16 +32,6 @@ def corpus(conn: Connection) -> Corpus:
     corpus = Corpus(conn)
     corpus.source("notes")
     return corpus
-
-
-def ids(rows: list[Row]) -> list[str]:
-    return [row["document_id"] for row in rows]
-
-
-def unit(random: np.random.Generator, n: int, dimensions: int = DIMENSIONS) -> NDArray[np.float32]:
-    found = random.normal(size=(n, dimensions)).astype(np.float32)
-    found /= np.linalg.norm(found, axis=1, keepdims=True)
-    return found
 
 
 # --- words ----------------------------------------------------------------------------------------------------------
@@ -261,70 +128,6 @@ def test_a_question_of_100_kb_is_answered(corpus: Corpus) -> None:
     corpus.add(Text("birch"), Text("cedar"))
     long = " ".join(f"word{n}" for n in range(12_000))
     assert ids(corpus.search("birch " + long)) == ["notes/000000"]
-
-
-# --- postings are kept right ----------------------------------------------------------------------------------------
-
-
-def test_changes_leave_what_a_rebuild_would_make(corpus: Corpus) -> None:
-    conn = corpus.conn
-    corpus.source("secret", uses="{finetune}")
-    corpus.add(*(Text(f"{WORDS[n % 7]} {WORDS[n % 3]} number{n}", title="First") for n in range(30)))
-    assert refresh_postings(conn) == PostingsReport(0, 0, 30, 38)
-    corpus.add(Text("amber amber number5 fresh", heading="New"), Text("hidden words", source="secret"))
-    conn.execute("update corpus.document set title = 'Second' where document_id <= 'notes/000004'")
-    conn.execute("delete from corpus.document where document_id in ('notes/000010', 'notes/000011')")
-    corpus.passages()
-    assert (refresh_postings(conn).added, refresh_postings(conn).added) == (5, 0)
-    after = corpus.postings()
-    assert not [row for row in after if row[1] in ("hidden", "number10")]
-    assert after == corpus.rebuilt()
-
-    # Forgetting a permission takes its words away, giving it brings them.
-    conn.execute("update registry.source set allowed_uses = '{}' where source = 'notes'")
-    conn.execute("update registry.source set allowed_uses = '{rag}', language = 'de' where source = 'secret'")
-    refresh_postings(conn)
-    after = corpus.postings()
-    assert {row[1] for row in after if row[0] == "german" and len(row) == 6} == {"hidd", "word"}
-    assert after == corpus.rebuilt()
-    conn.execute("delete from corpus.document")
-    corpus.passages()
-    assert corpus.postings() == []
-
-
-def test_two_refreshes_at_once_and_a_deletion_count_right(database: Database) -> None:
-    with database.connect(autocommit=True) as conn:
-        corpus = Corpus(conn)
-        corpus.source("notes")
-        corpus.add(*(Text(f"amber number{n}") for n in range(20)))
-        failures: list[BaseException] = []
-
-        def refresh() -> None:
-            try:
-                with database.connect(autocommit=True) as mine:
-                    refresh_postings(mine)
-            except BaseException as error:
-                failures.append(error)
-
-        def replace() -> None:
-            try:
-                with database.connect(autocommit=True) as mine:
-                    mine.execute("delete from corpus.document where document_id < 'notes/000010'")
-                    Corpus(mine).passages()
-            except BaseException as error:
-                failures.append(error)
-
-        conn.execute("update corpus.document set title = 'Changed'")
-        threads = [threading.Thread(target=one) for one in (refresh, replace, refresh)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        assert failures == []
-        refresh_postings(conn)
-        after = corpus.postings()
-        assert next(row[2] for row in after if row[1] == "amber") == 10
-        assert after == corpus.rebuilt()
 
 
 # --- vectors and filters --------------------------------------------------------------------------------------------
@@ -591,9 +394,9 @@ def test_questions_are_embedded_by_the_live_releases_model(database: Database, d
                 [str(vector.tolist()), f"hash of {text.body}"],
             )
         conn.execute(
-            "insert into registry.embedding_release (release, fingerprint, dimensions, state)"
-            " values ('a', %s, 384, 'live')",
-            [Jsonb(dict(release.fingerprint))],
+            "insert into registry.embedding_release (release, fingerprint, dimensions, state, chunking)"
+            " values ('a', %s, 384, 'live', %s)",
+            [Jsonb(dict(release.fingerprint)), corpus.chunking],
         )
         for mode in ("hybrid", "vector"):
             found = searching.search(deployment, "how long is the warranty?", 5, mode, {"source": ["notes"]})
@@ -632,9 +435,9 @@ def test_a_release_of_another_dimension_that_goes_live_meanwhile_is_asked_anew(
             conn.execute(f"alter {kind} retrieval.{name} owner to datamoat_writer")
         for name, dimensions, state in (("a", DIMENSIONS, "live"), ("b", 2, "candidate")):
             conn.execute(
-                "insert into registry.embedding_release (release, fingerprint, dimensions, state)"
-                " values (%s, %s, %s, %s)",
-                [name, Jsonb(dict(current_release(None).fingerprint)), dimensions, state],
+                "insert into registry.embedding_release (release, fingerprint, dimensions, state, chunking)"
+                " values (%s, %s, %s, %s, %s)",
+                [name, Jsonb(dict(current_release(None).fingerprint)), dimensions, state, corpus.chunking],
             )
     moves: list[str] = []
     with database.connect(role=WRITER, autocommit=True) as conn:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import importlib.metadata
+import json
+import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import semantic_text_splitter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from assets.documents.chunk import CHUNKER, Chunk, chunk, embedded_text, headings
+from assets.documents.chunk import DEFAULT_CHUNKING, Chunk, Chunking, chunk, embedded_text, headings
+
+ROOT = Path(__file__).resolve().parents[2]
 
 WORDS = st.sampled_from(
     [
@@ -34,9 +41,20 @@ BREAKS = st.sampled_from(
 TEXTS = st.lists(st.tuples(WORDS, BREAKS), max_size=120).map(lambda parts: "".join(map("".join, parts)))
 
 
-@given(TEXTS | st.text(max_size=3000))
-def test_chunks_are_pieces_and_lose_only_blanks(text: str) -> None:
-    chunks = chunk(text)
+CHUNKINGS = st.sampled_from(
+    [
+        DEFAULT_CHUNKING,
+        Chunking(language="de"),
+        Chunking.parse("50-50/30"),
+        Chunking.parse("100-2000/500"),
+        Chunking.parse("3000-20000/32000"),
+    ]
+)
+
+
+@given(TEXTS | st.text(max_size=3000), CHUNKINGS)
+def test_chunks_are_pieces_and_lose_only_blanks(text: str, chunking: Chunking) -> None:
+    chunks = chunk(text, chunking)
     position = 0
     for number, piece in enumerate(chunks):
         assert piece.ordinal == number
@@ -44,9 +62,58 @@ def test_chunks_are_pieces_and_lose_only_blanks(text: str) -> None:
         assert piece.text.strip()
         assert not text[position : piece.start_char].strip()
         assert piece.start_char >= position
+        # Titles alone are held back for what follows them, as far as there is room for both.
+        if not piece.text.startswith("#"):
+            assert len(piece.text) <= chunking.most
+        # The last of three sizes is taken as it is, and so are long chunks of less room for titles.
+        if len(piece.text) > chunking.most // 4:
+            assert chunking.count(piece.text) <= chunking.tokens
+        assert chunking.count(embedded_text(piece.heading, piece.text, chunking)) <= max(
+            chunking.tokens, chunking.count(piece.text)
+        )
         position = piece.end_char
     assert not text[position:].strip()
-    assert chunk(text) == chunks
+    assert chunk(text, chunking) == chunks
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "such as 400-1000/240"),
+        ("400-1000", "such as 400-1000/240"),
+        ("a-b/c", "such as 400-1000/240"),
+        ("٤٠٠-1000/240", "such as 400-1000/240"),
+        ("400-1000/240\n", "such as 400-1000/240"),
+        ("1000-400/240", "smaller number first"),
+        ("10-1000/240", "at least 50"),
+        ("400-99999/240", "at most 20,000"),
+        ("400-1000/7", "from 30 to 32,000"),
+    ],
+)
+def test_a_chunking_that_is_none_says_what_one_is(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Chunking.parse(text)
+
+
+def test_a_chunking_is_a_text_and_has_a_name() -> None:
+    assert Chunking.parse("400-1000/240") == DEFAULT_CHUNKING
+    assert str(Chunking.parse("0100-2000/500")) == "100-2000/500"
+    names = {
+        Chunking(*sizes, language).name
+        for sizes in ((400, 1000, 240), (400, 1000, 241), (400, 999, 240), (399, 1000, 240))
+        for language in ("en", "de", "fr", "es")
+    }
+    # German and French are counted alike.
+    assert len(names) == 12
+    assert {str(Chunking(language=language)) for language in ("en", "de")} == {"400-1000/240"}
+
+
+def test_titles_are_read_as_far_as_the_chunking_has_room() -> None:
+    title, text = "one two three four five six", "b " * 25
+    assert embedded_text(title, text, Chunking(50, 100, 30)) == f"two three four five six\n\n{text}"
+    assert embedded_text(title, text, Chunking(50, 100, 240)) == f"{title}\n\n{text}"
+    # Letters are dearer.
+    assert embedded_text(title, text, Chunking(50, 100, 32, "de")) == f"three four five six\n\n{text}"
 
 
 def test_sizes() -> None:
@@ -153,7 +220,8 @@ def test_names() -> None:
 
 
 def test_the_chunker_names_the_library_in_use() -> None:
-    assert CHUNKER.endswith(f"semantic-text-splitter/{importlib.metadata.version('semantic-text-splitter')}")
+    version = importlib.metadata.version("semantic-text-splitter")
+    assert DEFAULT_CHUNKING.name == f"markdown-400-1000-240-40-2+semantic-text-splitter/{version}"
 
 
 def test_endless_titles_take_time_in_proportion() -> None:
@@ -171,7 +239,7 @@ def test_one_endless_line_takes_time_in_proportion() -> None:
     assert sum(len(piece.text) for piece in chunks) > 900_000
 
 
-def test_chunks_fit_the_default_model() -> None:
+def tokenizer_of_the_default_model() -> Any:
     import tokenizers
 
     site = Path(tokenizers.__file__).parent.parent
@@ -181,6 +249,12 @@ def test_chunks_fit_the_default_model() -> None:
     tokenizer = tokenizers.Tokenizer.from_file(str(vocabulary))
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    return tokenizer
+
+
+def test_chunks_fit_the_default_model() -> None:
+    tokenizer = tokenizer_of_the_default_model()
+    site = Path(semantic_text_splitter.__file__).parent.parent
     # Package metadata is the densest text the example has: badges, links, code and tables.
     pieces = [
         embedded_text(piece.heading, piece.text)
@@ -190,3 +264,19 @@ def test_chunks_fit_the_default_model() -> None:
     too_long = sum(len(encoding.ids) > 256 for encoding in tokenizer.encode_batch(pieces))
     assert len(pieces) > 100
     assert too_long / len(pieces) < 0.02
+
+
+@pytest.mark.parametrize("language", ["en", "de", "es"])
+def test_chunks_of_other_languages_fit_the_default_model(language: str) -> None:
+    """The same paragraphs in three languages: nobody loses more than one end in a hundred."""
+    data = Path(os.environ.get("DATAMOAT_DATA_DIR") or ROOT.parent / "shared" / "data") / "xquad_en_de_es"
+    if not data.is_dir():
+        pytest.skip(f"{data} is missing: set DATAMOAT_DATA_DIR to the folder that holds it")
+    tokenizer = tokenizer_of_the_default_model()
+    chunking = Chunking(language=language)
+    with gzip.open(data / f"{language}.passages.jsonl.gz", "rt", encoding="utf-8") as file:
+        pieces = [piece for line in file for piece in chunk(json.loads(line)["text"], chunking)]
+    read = [embedded_text(piece.heading, piece.text, chunking) for piece in pieces]
+    too_long = sum(len(encoding.ids) > 256 for encoding in tokenizer.encode_batch(read))
+    assert len(pieces) > 300
+    assert too_long / len(pieces) <= 0.01

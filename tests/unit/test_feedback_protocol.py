@@ -9,6 +9,7 @@ import functools
 import gzip
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -37,7 +38,7 @@ REFUSED: list[str] = []
 
 @contextlib.asynccontextmanager
 async def lifespan(_: object) -> AsyncIterator[None]:
-    if "BROKEN" in os.environ:
+    if os.environ.get("BROKEN") == "begin":
         raise OSError("no database")
     log = Path(os.environ["LIFE"])
     log.write_text("began\n")
@@ -81,6 +82,8 @@ async def refused(_: Request) -> Response:
 
 
 def create_app(*_: object, **__: object) -> Front:
+    if os.environ.get("BROKEN") == "load":
+        raise ImportError("no module")
     app = Front(allowed_origins=[PAGE], lifespan=lifespan)
     install_errors(app)
     app.direct = {"/v1/direct": echo}
@@ -254,6 +257,70 @@ def test_what_is_no_request_is_400_and_ends_the_connection(service: httpx.Client
             assert connection.recv(1) == b""
 
 
+def test_what_follows_a_request_is_not_its_answer(service: httpx.Client) -> None:
+    for request in ("POST /v1/direct", "POST /v1/asgi"):
+        with send(service, request, PLAIN + "{}\x00 no request\r\n\r\n") as connection:
+            found = answers(connection, 1)[0]
+            assert (found.status, found.headers["connection"]) == (201, "close")
+            assert connection.recv(1) == b""
+
+
+@PATHS
+def test_what_is_odd_about_a_request_does_not_change_it(service: httpx.Client, path: str) -> None:
+    for rest in (
+        f"Content-Length: {'0' * 5000}2\r\n\r\n{{}}",
+        "Transfer-Encoding: chunked\r\n\r\n2;a=b\r\n{}\r\n0\r\nContent-Type: text/plain\r\n\r\n",
+        # As clients that would like to go on in HTTP/2 send it.
+        "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AA\r\nContent-Length: 2\r\n\r\n{}",
+    ):
+        with connect(service, path, rest) as connection:
+            connection.sendall(f"POST {path} HTTP/1.1\r\n{PLAIN}{{}}".encode())
+            for found in answers(connection, 2):
+                assert (found.status, json.loads(found.body)["bytes"]) == (201, 2)
+
+
+@pytest.mark.parametrize("rest", ["", "Transfer-Encoding: chunked\r\n\r\n0\r\n"])
+def test_a_head_without_an_end_is_400(service: httpx.Client, rest: str) -> None:
+    with connect(service, "/v1/direct", rest) as connection:
+        for part in (b"X: y\r\n" * 12_000, b"X"):
+            time.sleep(0.1)
+            with contextlib.suppress(OSError):
+                connection.sendall(part)
+        assert connection.recv(4096).split(b" ")[1] == b"400"
+
+
+def test_a_connection_has_only_so_many_requests_wait(service: httpx.Client) -> None:
+    """What is read of one is bounded; who sends more before the answers is read later, or told to come again."""
+    with send(service, "GET /refused", f"X: {'y' * 1000}\r\n\r\n") as connection:
+        connection.sendall(f"GET /refused HTTP/1.1\r\nX: {'y' * 1000}\r\n\r\n".encode() * 2999)
+        assert len(answers(connection, 3000)) == 3000
+    with send(service, "GET /slow", "\r\n" + "GET /refused HTTP/1.1\r\n\r\n" * 5000) as connection:
+        assert len(answers(connection, 513)) == 513
+        with contextlib.suppress(ConnectionResetError):
+            assert connection.recv(1) == b""
+
+
+def test_a_client_that_reads_no_answers_is_not_read_either(service: httpx.Client) -> None:
+    request = (
+        f"POST /v1/direct HTTP/1.1\r\nContent-Type: {'x' * 10_000}\r\nContent-Length: 2\r\n\r\n{{}}".encode()
+    )
+    with connect(service, "/v1/direct", PLAIN + "{}") as connection, pytest.raises(ConnectionError):
+        for _ in range(5000):
+            connection.sendall(request)
+
+
+def test_a_worker_may_hold_as_many_files_as_connections() -> None:
+    before = soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 256), hard))
+    try:
+        server._allow_files()
+        allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    assert allowed[1] == hard
+    assert hard in (resource.RLIM_INFINITY, allowed[0]) or allowed[0] > server.MAX_CONNECTIONS
+
+
 def test_a_connection_that_says_nothing_is_ended(service: httpx.Client) -> None:
     """Also one that sends its head byte by byte, but not one whose request is being worked on."""
     with (
@@ -271,12 +338,13 @@ def test_a_connection_that_says_nothing_is_ended(service: httpx.Client) -> None:
         assert answers(working, 1)[0].body == b"done"
 
 
-def test_an_app_that_cannot_start_ends_the_service() -> None:
-    found = run_service("0", BROKEN="1")
+@pytest.mark.parametrize("when, why", [("load", "no module"), ("begin", "no database")])
+def test_an_app_that_cannot_start_ends_the_service(when: str, why: str) -> None:
+    found = run_service("0", BROKEN=when)
     output, errors = found.communicate(timeout=60)
     assert found.returncode != 0
     assert output == ""
-    assert "no database" in errors
+    assert why in errors
     assert "NotStarted" in errors
 
 

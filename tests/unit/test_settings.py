@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from assets.documents.chunk import Chunking
 from orchestration.settings import ROOT, Settings, SettingsError
 
 
@@ -59,3 +60,12 @@ def test_what_embedding_may_cost_goes_to_the_job() -> None:
         Settings.from_environment({"EMBEDDING_MAX_COST": "40"})
     with pytest.raises(SettingsError, match="EMBEDDING_PRICE_PER_HOUR=free"):
         Settings.from_environment({"EMBEDDING_PRICE_PER_HOUR": "free"})
+
+
+def test_how_documents_are_cut_can_be_set() -> None:
+    settings = Settings.from_environment({"DATAMOAT_CHUNKING": "300-800/200"})
+    assert (settings.chunking, settings.chunking_candidate) == (Chunking(300, 800, 200), None)
+    with pytest.raises(
+        SettingsError, match=r"DATAMOAT_CHUNKING_CANDIDATE=1000: give the least .*400-1000/240"
+    ):
+        Settings.from_environment({"DATAMOAT_CHUNKING_CANDIDATE": "1000"})
