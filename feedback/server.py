@@ -6,11 +6,14 @@ Belongs here: ports, workers, signals. Does not belong here: routes or the datab
 import contextlib
 import functools
 import gc
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import resource
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +25,7 @@ from uvicorn.supervisors.multiprocess import Multiprocess
 from feedback import metrics
 from feedback.app import create_app
 from feedback.front import Front
+from feedback.log import logger
 from feedback.protocol import Protocol
 
 DRAIN_SECONDS = 30
@@ -53,6 +57,15 @@ class PortTaken(OSError):
 
 class NotStarted(RuntimeError):
     """The app could not start in a worker; starting it again would fail the same way."""
+
+
+class _Supervisor(Multiprocess):
+    def keep_subprocess_alive(self) -> None:
+        for process in self.processes:
+            # The worker's end of the pipe. While it is open here too, one that dies when asked whether it lives would be
+            # waited for as long as one that hangs.
+            process.child_conn.close()
+        super().keep_subprocess_alive()
 
 
 def serve(
@@ -91,10 +104,13 @@ def serve(
         proxy_headers=False,
         server_header=False,
     )
+    # What becomes of workers is for the operator: those that die again and again, too.
+    logging.getLogger("uvicorn").setLevel(logging.INFO)
+    _allow_files()
     threading.Thread(target=_announce, args=(*listening.getsockname()[:2], on_ready), daemon=True).start()
     with metrics.share_between_workers() if workers > 1 else contextlib.nullcontext():
         # Workers are fresh interpreters on every platform: nothing of this process leaks into them, threads included.
-        supervisor = Multiprocess(config, [listening])
+        supervisor = _Supervisor(config, [listening])
         supervisor.run()
     if any(worker.exitcode == STARTUP_FAILURE for worker in supervisor.processes):
         raise NotStarted("the service cannot start; the lines above say why")
@@ -116,6 +132,16 @@ def _listen(host: str, port: int) -> socket.socket:
     return listening
 
 
+def _allow_files() -> None:
+    """Let workers hold MAX_CONNECTIONS, and what else they open, where the operator's limit is the usual lower one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + 256
+    if hard != resource.RLIM_INFINITY:
+        wanted = min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
 def _load(
     database_url: str, pseudonym_key: bytes, allowed_origins: Sequence[str], search: str | None
 ) -> Front:
@@ -123,9 +149,13 @@ def _load(
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-    app = create_app(
-        database_url, pseudonym_key=pseudonym_key, allowed_origins=allowed_origins, search=search
-    )
+    try:
+        app = create_app(
+            database_url, pseudonym_key=pseudonym_key, allowed_origins=allowed_origins, search=search
+        )
+    except Exception:
+        logger.exception("the app cannot be loaded")
+        sys.exit(STARTUP_FAILURE)
     # What is loaded now stays, and a request leaves few cycles: looking for garbage all the time would hold up others.
     gc.collect()
     gc.freeze()

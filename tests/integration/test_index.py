@@ -73,15 +73,15 @@ def test_chunks_are_exported_by_the_row_group(
 def test_what_a_killed_export_has_left_goes_and_what_another_one_writes_stays(
     writer: Connection, tmp_path: Path
 ) -> None:
-    exported = dataset.export_chunks(writer, "notes", tmp_path)
+    scratch = tmp_path / "embeddings" / "datasets" / "notes"
     for name, age in ((".export.killed", 2 * 86_400), (".export.running", 60)):
-        folder = exported.path.parent / name
-        folder.mkdir()
+        folder = scratch / name
+        folder.mkdir(parents=True)
         (folder / "chunks.parquet").write_bytes(b"half")
         then = time.time() - age
         os.utime(folder, (then, then))
     dataset.export_chunks(writer, "notes", tmp_path)
-    assert [path.name for path in exported.path.parent.glob(".export.*")] == [".export.running"]
+    assert [path.name for path in scratch.glob(".export.*")] == [".export.running"]
 
 
 def test_only_what_has_no_vector_is_loaded(conn: Connection, tmp_path: Path) -> None:
