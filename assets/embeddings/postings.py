@@ -189,7 +189,9 @@ def _index(connection: Connection, wanted: dict[str, Any], passages: list[int]) 
     connection.execute("analyze read (passage_no)")
     connection.execute(_FRESH, wanted)
     connection.execute("analyze fresh (passage_no, configuration)")
-    connection.execute(_TERMS, wanted)
+    if connection.execute(_TERMS, wanted).rowcount > MANY_PASSAGES:
+        # The planner takes a table that was never analyzed for one of a few rows, and would read it once for each word.
+        connection.execute("analyze retrieval.term")
     # Segments are numbered from the first of their texts, of which each gets a higher number than all before.
     first = _one(
         connection, "select nextval(pg_get_serial_sequence('retrieval.passage_text', 'text_no'))", []
