@@ -562,7 +562,8 @@ declare
     or exists (
       select from registry.source as s
       where s.source <> all(wanted.sources)
-        and exists (select from corpus.piece as c where c.source = s.source and c.chunking = asked)
+        -- Asked source by source: a join would read all chunks there are.
+        and exists (select from corpus.piece as c where c.source = s.source and c.chunking = asked offset 0)
     );
   list_survivors constant text :=
     'select array(select s.passage_no from retrieval.surviving_chunks($1, $2) as s limit $3)';
