@@ -119,6 +119,15 @@ def fill(connection: psycopg.Connection[Any], corpus: Corpus) -> None:
         ).append_column("findings", pa.ExtensionArray.from_storage(pa.json_(), pa.array(["{}"] * DOCUMENTS))),
     )
     rows = len(corpus.chunks)
+    hashes = [content_hash(text) for text in corpus.chunks]
+    # As whoever cuts documents does: rows are written with the numbers of their texts.
+    numbered = dict(
+        connection.execute(
+            "insert into retrieval.passage (content_hash) select distinct unnest(%s::text[]) returning content_hash,"
+            " passage_no",
+            [hashes],
+        ).fetchall()
+    )
     copy_table(
         connection,
         "corpus.piece",
@@ -132,8 +141,9 @@ def fill(connection: psycopg.Connection[Any], corpus: Corpus) -> None:
                 "start_char": pa.array([0] * rows, pa.int32()),
                 "end_char": pa.array([len(text) for text in corpus.chunks], pa.int32()),
                 "text": corpus.chunks,
-                "content_hash": [content_hash(text) for text in corpus.chunks],
+                "content_hash": hashes,
                 "chunker": ["1"] * rows,
+                "passage_no": pa.array([numbered[one] for one in hashes], pa.int32()),
             }
         ),
     )

@@ -462,7 +462,7 @@ def refresh_chunks(
 
 def _cut(conn: Connection, source: str, chunking: Chunking, batch: list[str]) -> int:
     """Replace the chunks of some documents; returns how many are no more."""
-    # No passage goes until the end of this transaction: chunks whose text is known are given its number.
+    # No passage goes until the end of this transaction.
     conn.execute("select pg_advisory_xact_lock_shared(hashtext('retrieval.passage'))")
     # Locked, so that the chunks written are those of the text that is there when they are committed.
     documents = conn.execute(
@@ -474,10 +474,18 @@ def _cut(conn: Connection, source: str, chunking: Chunking, batch: list[str]) ->
         "delete from corpus.piece where document_id = any(%s) and chunking = %s returning chunk_id",
         [batch, str(chunking)],
     ).fetchall()
+    # Texts are numbered now: a row that gets its number later is written twice. In one order, so that two sources with
+    # the same texts wait for each other instead of deadlocking; sought first, for a conflict would use up a number.
+    hashes = sorted({piece.content_hash for _, piece in chunks})
+    conn.execute(
+        "insert into retrieval.passage (content_hash) select hash from unnest(%s::text[]) as t (hash)"
+        " where not exists (select from retrieval.passage p where p.content_hash = t.hash) order by hash"
+        " on conflict do nothing",
+        [hashes],
+    )
     numbers = dict(
         conn.execute(
-            "select content_hash, passage_no from retrieval.passage where content_hash = any(%s)",
-            [list({piece.content_hash for _, piece in chunks})],
+            "select content_hash, passage_no from retrieval.passage where content_hash = any(%s)", [hashes]
         ).fetchall()
     )
     with (
@@ -501,7 +509,7 @@ def _cut(conn: Connection, source: str, chunking: Chunking, batch: list[str]) ->
                     piece.content_hash,
                     piece.heading,
                     chunking.name,
-                    numbers.get(piece.content_hash),
+                    numbers[piece.content_hash],
                 )
             )
     new = {piece.chunk_id(document_id) for document_id, piece in chunks}
