@@ -1,4 +1,7 @@
-"""What holds for all tests: the order of their files, and that hypothesis may be slow where others work as well."""
+"""What holds for all tests: their order, an environment for each file, and time for hypothesis on shared machines."""
+
+import os
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -19,3 +22,12 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first, the others as they were found."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment_of_each_file() -> Iterator[None]:
+    """What a file's tests, or what they call, set in the environment ends with the file."""
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)

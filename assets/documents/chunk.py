@@ -219,7 +219,8 @@ def _pieces(text: str, chunking: Chunking, most: int) -> Iterator[tuple[int, str
 
 def _split(text: str, chunking: Chunking, most: int, depth: int) -> Iterator[tuple[int, str]]:
     least_share, most_share = _SHARES[depth]
-    splitter = _splitter(int(chunking.least * least_share), int(chunking.most * most_share))
+    largest = max(1, int(chunking.most * most_share))
+    splitter = _splitter(min(int(chunking.least * least_share), largest), largest)
     for offset, piece in splitter.chunk_indices(text):
         if depth + 1 < len(_SHARES) and chunking.count(piece) > most:
             for inner, part in _split(piece, chunking, most, depth + 1):
