@@ -86,7 +86,7 @@ class Cluster:
 
 @pytest.fixture(scope="session")
 def new_cluster() -> Iterator[Callable[[], Cluster]]:
-    """A function that starts one more Postgres, for tests that kill it."""
+    """A function that starts one more Postgres, for tests that kill it or must be alone on it."""
     clusters: list[Cluster] = []
 
     def start() -> Cluster:
@@ -113,9 +113,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster.stop()
 
 
-@pytest.fixture(scope="session")
-def template(cluster: Cluster) -> str:
-    """A database with every migration applied, to be copied."""
+def migrated(cluster: Cluster) -> str:
+    """The name of a database with every migration applied, to be copied."""
     with psycopg.connect(cluster.url("postgres"), autocommit=True) as conn:
         conn.execute("select pg_advisory_lock(hashtext(%s))", [TEMPLATE])
         if conn.execute("select from pg_database where datname = %s", [TEMPLATE]).fetchone() is None:
@@ -124,6 +123,12 @@ def template(cluster: Cluster) -> str:
             upgrade_feedback(cluster.url("migrating"))
             conn.execute(f"alter database migrating rename to {TEMPLATE}")
     return TEMPLATE
+
+
+@pytest.fixture(scope="session")
+def template(cluster: Cluster) -> str:
+    """That database of the server that all tests share."""
+    return migrated(cluster)
 
 
 @pytest.fixture(scope="session")
