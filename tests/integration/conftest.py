@@ -132,15 +132,29 @@ def template(cluster: Cluster) -> str:
 
 
 @pytest.fixture(scope="session")
+def template(cluster: Cluster) -> str:
+    """That database of the server that all tests share."""
+    return migrated(cluster)
+
+
+@pytest.fixture(scope="session")
 def database_url(cluster: Cluster) -> str:
     """A fresh, empty database that the tests of one session share."""
     return cluster.new_database()
 
 
+@pytest.fixture(scope="session")
+def alone(new_cluster: Callable[[], Cluster]) -> Cluster:
+    """A Postgres of this worker alone."""
+    return new_cluster()
+
+
 @pytest.fixture
-def database(cluster: Cluster, template: str) -> Iterator[Database]:
-    """A migrated database of the test's own."""
-    url = cluster.new_database(template)
+def database(request: pytest.FixtureRequest) -> Iterator[Database]:
+    """A migrated database of the test's own; on a server of its worker's own if the test is marked ``alone``."""
+    marked = request.node.get_closest_marker("alone") is not None
+    cluster: Cluster = request.getfixturevalue("alone" if marked else "cluster")
+    url = cluster.new_database(migrated(cluster))
     yield Database.from_url(url)
     cluster.drop_database(url)
 

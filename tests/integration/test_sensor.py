@@ -4,7 +4,7 @@ import random
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 from itertools import pairwise
 from typing import Any
@@ -27,9 +27,10 @@ from sensors.feedback_days import (
 from sensors.feedback_review import CHECKPOINT as REVIEW
 from sensors.feedback_review import feedback_review_sensor, mark_reviewed
 from sensors.new_feedback import DAYS_PER_TICK, every_day_is_folded, new_feedback_sensor
-from storage.database import Database
 from storage.warehouse import Warehouse
-from tests.integration.conftest import Cluster, migrated
+
+# Changes are read below the oldest transaction of a whole server, whosever it is.
+pytestmark = pytest.mark.alone
 
 EVENT = """
 insert into feedback.feedback_event
@@ -57,20 +58,6 @@ def add_event(
     op = "create" if revision == 1 else "revise"
     connection.execute(EVENT, [uuid.uuid4(), feedback_id, op, revision, at, ago])
     return feedback_id
-
-
-@pytest.fixture(scope="module")
-def alone(new_cluster: Callable[[], Cluster]) -> Cluster:
-    """A server of their own: changes are read below the oldest transaction of a whole server, whosever it is."""
-    return new_cluster()
-
-
-@pytest.fixture
-def database(alone: Cluster) -> Iterator[Database]:
-    """A migrated database of the test's own."""
-    url = alone.new_database(migrated(alone))
-    yield Database.from_url(url)
-    alone.drop_database(url)
 
 
 class Ticks:
