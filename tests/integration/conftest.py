@@ -132,12 +132,6 @@ def template(cluster: Cluster) -> str:
 
 
 @pytest.fixture(scope="session")
-def template(cluster: Cluster) -> str:
-    """That database of the server that all tests share."""
-    return migrated(cluster)
-
-
-@pytest.fixture(scope="session")
 def database_url(cluster: Cluster) -> str:
     """A fresh, empty database that the tests of one session share."""
     return cluster.new_database()
