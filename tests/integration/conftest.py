@@ -22,7 +22,7 @@ from psycopg import sql
 
 from feedback.keys import create_key
 from feedback.migrations import upgrade as upgrade_feedback
-from storage import embedded
+from storage import embedded, migrations
 from storage.database import Database
 from storage.embedded import EmbeddedPostgres
 from storage.migrations import upgrade as upgrade_warehouse
@@ -123,6 +123,23 @@ def migrated(cluster: Cluster) -> str:
             upgrade_feedback(cluster.url("migrating"))
             conn.execute(f"alter database migrating rename to {TEMPLATE}")
     return TEMPLATE
+
+
+def database_of(cluster: Cluster, revision: str) -> Database:
+    """A new database with the warehouse's migrations up to an earlier ``revision``, to be upgraded."""
+    import sqlalchemy as sa
+    from alembic import command
+    from alembic.config import Config
+
+    database = Database.from_url(cluster.new_database())
+    config = Config()
+    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
+    engine = sa.create_engine(database.sqlalchemy_url("psycopg"), poolclass=sa.NullPool)
+    with engine.connect() as connection:
+        config.attributes |= {"connection": connection, "applied": []}
+        command.upgrade(config, revision)
+        connection.commit()
+    return database
 
 
 @pytest.fixture(scope="session")

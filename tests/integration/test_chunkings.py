@@ -39,7 +39,7 @@ from orchestration.settings import ROOT
 from storage.database import Database
 from storage.migrations import upgrade
 from storage.warehouse import Warehouse
-from tests.integration.conftest import Cluster
+from tests.integration.conftest import Cluster, database_of
 from tests.integration.releases import content, release, vector_of, write_shard
 from tests.integration.test_evaluation import contract
 
@@ -428,21 +428,9 @@ def test_a_candidate_chunking_is_built_by_source_in_dagster(
 
 
 def test_chunks_of_before_become_the_live_chunking(cluster: Cluster) -> None:
-    import sqlalchemy as sa
-    from alembic import command
-    from alembic.config import Config
-
     from assets.documents.chunk import chunk
-    from storage import migrations
 
-    database = Database.from_url(cluster.new_database())
-    engine = sa.create_engine(database.sqlalchemy_url("psycopg"), poolclass=sa.NullPool)
-    with engine.connect() as connection:
-        config = Config()
-        config.set_main_option("script_location", str(Path(migrations.__file__).parent))
-        config.attributes |= {"connection": connection, "applied": []}
-        command.upgrade(config, "0004")
-    engine.dispose()
+    database = database_of(cluster, "0004")
     with database.connect("datamoat_writer") as conn:
         documents = SimpleNamespace(notes="en", anleitung="de")
         for source, language in vars(documents).items():

@@ -23,7 +23,7 @@ from assets.embeddings.upkeep import keep_up
 from embedder import failures
 from storage.database import Database
 from storage.migrations import upgrade
-from tests.integration.conftest import Cluster
+from tests.integration.conftest import Cluster, database_of
 from tests.integration.releases import add, content, load, release, vector_of, write_shard
 
 Connection = psycopg.Connection[Any]
@@ -468,20 +468,7 @@ def test_a_graph_is_built_without_workers_where_shared_memory_is_short(
 
 
 def test_releases_of_the_first_layout_are_dropped_and_built_again(cluster: Cluster, tmp_path: Path) -> None:
-    import sqlalchemy as sa
-    from alembic import command
-    from alembic.config import Config
-
-    from storage import migrations
-
-    database = Database.from_url(cluster.new_database())
-    engine = sa.create_engine(database.sqlalchemy_url("psycopg"), poolclass=sa.NullPool)
-    with engine.connect() as connection:
-        config = Config()
-        config.set_main_option("script_location", str(Path(migrations.__file__).parent))
-        config.attributes |= {"connection": connection, "applied": []}
-        command.upgrade(config, "0001")
-    engine.dispose()
+    database = database_of(cluster, "0001")
     with database.connect("datamoat_writer") as conn:
         conn.execute("create table retrieval.release_a (content_hash text primary key, embedding halfvec(8))")
         conn.execute("create view retrieval.live as select * from retrieval.release_a")

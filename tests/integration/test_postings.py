@@ -5,22 +5,17 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from itertools import count, pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
-import sqlalchemy as sa
-from alembic import command
-from alembic.config import Config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from assets.embeddings.index import refresh_passages
 from assets.embeddings.postings import PostingsReport, refresh_postings
-from storage import migrations
 from storage.database import Database
 from storage.migrations import upgrade
-from tests.integration.conftest import Cluster
+from tests.integration.conftest import Cluster, database_of
 from tests.integration.searched import WORDS, Connection, Corpus, Text, ids
 
 
@@ -311,14 +306,7 @@ def test_readers_see_the_whole_of_it_or_none(database: Database) -> None:
 
 def test_postings_of_before_are_packed_and_need_no_refresh(cluster: Cluster) -> None:
     """A database of revision 0004, which had a row for each posting."""
-    database = Database.from_url(cluster.new_database())
-    config = Config()
-    config.set_main_option("script_location", str(Path(migrations.__file__).parent))
-    engine = sa.create_engine(database.sqlalchemy_url("psycopg"), poolclass=sa.NullPool)
-    with engine.connect() as connection:
-        config.attributes |= {"connection": connection, "applied": []}
-        command.upgrade(config, "0004")
-        connection.commit()
+    database = database_of(cluster, "0004")
     with database.connect(autocommit=True) as conn:
         corpus = Corpus(conn)
         corpus.source("notes")
